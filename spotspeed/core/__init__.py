@@ -1,0 +1,1 @@
+"""Everything that can be decided without I/O, clock, threads or torch."""

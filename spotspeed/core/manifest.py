@@ -1,0 +1,282 @@
+"""Tickets, receipts and the sealed manifest: what makes a set of shards one checkpoint.
+
+The digests form a tree: the seal covers the manifest's body, the body lists every receipt by
+SHA-256, a receipt lists its shard's index by SHA-256, and the index lists every chunk by XXH3-128.
+One hash thus vouches for every byte (docs/FORMAT.md, "Digest tree").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from spotspeed.errors import FormatError
+
+FORMAT_NAME = "spotspeed"
+FORMAT_MAJOR = 1
+FORMAT_MINOR = 0
+MAX_WORLD_SIZE = 65_536
+MAX_STEP = 2**53
+MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+MANIFEST_FILE = "manifest.json"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
+REASONS = ("periodic", "notice", "explicit", "final")
+
+
+def check_name(what: str, name: object) -> str:
+    """`name` if it is safe as one path component; raises FormatError with the rule if not."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        raise FormatError(
+            f"{what} {name!r} is not usable as a name: at most 200 letters, digits or . _ + = -, "
+            f"beginning with a letter or digit, without '..'"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One save that all ranks agreed on, fixed before the first byte is staged.
+
+    `epoch` counts the launches of this job at this path; `step` the optimizer updates completed;
+    `attempt` tells several saves at one step apart; `created_unix_s` is decided once, by whoever
+    issued the ticket, so that everything derived from it stays a pure function.
+    """
+
+    epoch: int
+    step: int
+    attempt: str
+    tag: str
+    reason: str
+    world_size: int
+    created_unix_s: int
+    restored_from: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("epoch", self.epoch, 1, MAX_STEP)
+        _check_int("step", self.step, 0, MAX_STEP)
+        _check_int("world_size", self.world_size, 1, MAX_WORLD_SIZE)
+        _check_int("created_unix_s", self.created_unix_s, 0, MAX_STEP)
+        check_name("attempt", self.attempt)
+        check_name("tag", self.tag)
+        if self.reason not in REASONS:
+            raise FormatError(f"reason {self.reason!r} is none of {', '.join(REASONS)}")
+        if self.restored_from is not None:
+            check_name("restored_from", self.restored_from)
+
+    @property
+    def directory(self) -> str:
+        """Name of the checkpoint's directory; sorts by step, then by epoch."""
+        return f"step-{self.step:012d}.e{self.epoch:06d}.{self.attempt}"
+
+    def shard_path(self, rank: int) -> str:
+        return f"{self.directory}/rank-{rank:05d}.shard"
+
+    def receipt_path(self, rank: int) -> str:
+        return f"{self.directory}/rank-{rank:05d}.receipt"
+
+    @property
+    def manifest_path(self) -> str:
+        return f"{self.directory}/{MANIFEST_FILE}"
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical form; shards carry it, so that they cannot be mixed up."""
+        return hashlib.sha256(canonical_json(asdict(self))).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """Where one shard's index lies and what it must hash to; the index vouches for the data."""
+
+    path: str
+    size_bytes: int
+    index_offset: int
+    index_bytes: int
+    index_sha256: str
+    raw_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """One rank's statement that its shard is durable."""
+
+    ticket: Ticket
+    rank: int
+    shard: ShardRecord
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptRecord:
+    """How the manifest refers to one receipt."""
+
+    rank: int
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A sealed checkpoint: the ticket and the digest of every receipt, in order of rank."""
+
+    ticket: Ticket
+    receipts: tuple[ReceiptRecord, ...]
+    data_bytes: int
+    minor: int = FORMAT_MINOR
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the sealed body; identifies the checkpoint and every byte of it."""
+        return hashlib.sha256(_manifest_body(self)).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one JSON form of plain data that is hashed: sorted keys, no spaces, ASCII."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode("ascii")
+
+
+def encode_receipt(receipt: Receipt) -> bytes:
+    """The stored form of a receipt, sealed with its own digest."""
+    return _seal({"format": FORMAT_NAME, "major": FORMAT_MAJOR, "minor": FORMAT_MINOR,
+                  "document": "receipt", **asdict(receipt)})  # fmt: skip
+
+
+def decode_receipt(data: bytes, *, source: str) -> Receipt:
+    """Parse a stored receipt; raises FormatError naming `source` when anything is off."""
+    body = _unseal(data, source, "receipt")
+    ticket = _ticket(body.get("ticket"), source)
+    rank = _field(body, "rank", int, source)
+    if not 0 <= rank < ticket.world_size:
+        raise FormatError(f"{source}: rank {rank} of {ticket.world_size}")
+    shard = _build(ShardRecord, body.get("shard"), source)
+    if shard.path != ticket.shard_path(rank):
+        raise FormatError(f"{source}: shard path {shard.path!r}, expected "
+                          f"{ticket.shard_path(rank)!r}")  # fmt: skip
+    numbers = (shard.size_bytes, shard.index_offset, shard.index_bytes, shard.raw_bytes)
+    if min(numbers) < 0 or max(numbers) > 2**62:
+        raise FormatError(f"{source}: shard sizes out of range: {numbers}")
+    if shard.index_offset + shard.index_bytes > shard.size_bytes:
+        raise FormatError(f"{source}: the index lies outside the shard")
+    return Receipt(ticket, rank, shard)
+
+
+def seal_manifest(ticket: Ticket, receipts: Mapping[int, bytes]) -> tuple[Manifest, bytes]:
+    """The manifest over all `receipts` (rank -> stored bytes), and its stored form.
+
+    A pure function of its arguments: whoever seals, the bytes are the same, so sealing twice is
+    harmless. Raises FormatError when a receipt is missing or belongs to another ticket.
+    """
+    missing = [rank for rank in range(ticket.world_size) if rank not in receipts]
+    if missing:
+        raise FormatError(f"{ticket.directory}: no receipt of ranks {missing[:8]}")
+    records, data_bytes = [], 0
+    for rank in range(ticket.world_size):
+        data, path = receipts[rank], ticket.receipt_path(rank)
+        receipt = decode_receipt(data, source=path)
+        if receipt.ticket != ticket or receipt.rank != rank:
+            raise FormatError(f"{path}: belongs to {receipt.ticket.directory}, rank {receipt.rank}")
+        records.append(ReceiptRecord(rank, path, len(data), hashlib.sha256(data).hexdigest()))
+        data_bytes += receipt.shard.size_bytes
+    manifest = Manifest(ticket, tuple(records), data_bytes)
+    return manifest, encode_manifest(manifest)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The stored form of a manifest: one JSON document with its seal."""
+    return _seal(json.loads(_manifest_body(manifest)))
+
+
+def decode_manifest(data: bytes, *, source: str) -> Manifest:
+    """Parse and verify a stored manifest; raises FormatError or ChecksumMismatchError."""
+    body = _unseal(data, source, "manifest")
+    ticket = _ticket(body.get("ticket"), source)
+    raw = body.get("receipts")
+    if not isinstance(raw, list) or len(raw) != ticket.world_size:
+        raise FormatError(f"{source}: {ticket.world_size} receipts expected")
+    records = tuple(_build(ReceiptRecord, item, source) for item in raw)
+    for rank, record in enumerate(records):
+        if (record.rank, record.path) != (rank, ticket.receipt_path(rank)):
+            raise FormatError(f"{source}: receipt {rank} is {record.path!r} of rank {record.rank}")
+    return Manifest(ticket, records, _field(body, "data_bytes", int, source),
+                    _field(body, "minor", int, source))  # fmt: skip
+
+
+def _manifest_body(manifest: Manifest) -> bytes:
+    return canonical_json({
+        "format": FORMAT_NAME, "major": FORMAT_MAJOR, "minor": manifest.minor,
+        "document": "manifest", "ticket": asdict(manifest.ticket),
+        "receipts": [asdict(record) for record in manifest.receipts],
+        "data_bytes": manifest.data_bytes,
+    })  # fmt: skip
+
+
+def _seal(body: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(canonical_json(body)).hexdigest()
+    return canonical_json({"body": body, "sha256": digest}) + b"\n"
+
+
+def _unseal(data: bytes, source: str, document: str) -> dict[str, Any]:
+    from spotspeed.errors import ChecksumMismatchError
+
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise FormatError(f"{source}: {len(data)} bytes, at most {MAX_DOCUMENT_BYTES} are read")
+    try:
+        envelope = json.loads(data.decode("ascii"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{source}: not a {document}: {type(error).__name__}") from error
+    if not isinstance(envelope, dict) or not isinstance(envelope.get("body"), dict):
+        raise FormatError(f"{source}: not a {document}: no body")
+    body: dict[str, Any] = envelope["body"]
+    actual = hashlib.sha256(canonical_json(body)).hexdigest()
+    if envelope.get("sha256") != actual:
+        raise ChecksumMismatchError(
+            key=source, expected=str(envelope.get("sha256"))[:64], actual=actual
+        )
+    if data != canonical_json(envelope) + b"\n":
+        raise FormatError(f"{source}: not in canonical form")
+    if body.get("format") != FORMAT_NAME or body.get("document") != document:
+        raise FormatError(f"{source}: not a {FORMAT_NAME} {document}")
+    if body.get("major") != FORMAT_MAJOR:
+        raise FormatError(
+            f"{source}: format {body.get('major')}.{body.get('minor')}, this version reads "
+            f"{FORMAT_MAJOR}.x: install a spotspeed that knows it"
+        )
+    return body
+
+
+def _ticket(raw: object, source: str) -> Ticket:
+    return _build(Ticket, raw, source)
+
+
+def _field(body: Mapping[str, Any], key: str, kind: type, source: str) -> Any:
+    value = body.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise FormatError(f"{source}: {key} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _build(cls: Any, raw: object, source: str) -> Any:
+    """A frozen dataclass of str, int and None fields from plain data, types checked."""
+    if not isinstance(raw, dict) or set(raw) != set(cls.__slots__):
+        raise FormatError(f"{source}: {cls.__name__} needs exactly {sorted(cls.__slots__)}")
+    for name, annotation in cls.__annotations__.items():
+        allowed = {"int": int, "str": str, "str | None": (str, type(None))}[annotation]
+        value = raw[name]
+        if not isinstance(value, allowed) or isinstance(value, bool):  # type: ignore[arg-type]
+            raise FormatError(f"{source}: {cls.__name__}.{name} is {value!r}: not {annotation}")
+    try:
+        return cls(**raw)
+    except FormatError as error:
+        raise FormatError(f"{source}: {error}") from error
+
+
+def _check_int(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or not low <= value <= high:
+        raise FormatError(f"{name} is {value!r}, expected {low} to {high}")

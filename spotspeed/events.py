@@ -1,0 +1,147 @@
+"""Typed records of what happened, and the sinks that receive them.
+
+Every room reports through `emit`; nothing else in spotspeed writes logs about a checkpoint's life.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+_logger = logging.getLogger("spotspeed")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all records; the class name is the event's name."""
+
+    def describe(self) -> str:
+        """One line: the event's name and its fields."""
+        facts = " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+        return f"{type(self).__name__.lower()} {facts}".rstrip()
+
+
+@dataclass(frozen=True, slots=True)
+class Attached(Event):
+    """An engine is now checkpointed."""
+
+    path: str
+    epoch: int
+    rank: int
+    world_size: int
+    provider: str
+
+
+@dataclass(frozen=True, slots=True)
+class Noticed(Event):
+    """An interruption notice was heard on this rank."""
+
+    source: str
+    rank: int
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed(Event):
+    """All ranks know the step of the cut; `latency_s` from the notice at its origin."""
+
+    step: int
+    round: int
+    stop: bool
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Staged(Event):
+    """This rank's state is out of the training's memory; it survives the rank from here on."""
+
+    directory: str
+    rank: int
+    size_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed(Event):
+    """The checkpoint is complete and durable at `path`."""
+
+    directory: str
+    tag: str
+    step: int
+    size_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled(Event):
+    """The training was held, and why."""
+
+    cause: str
+    held_s: float
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lost(Event):
+    """A save, a peer or a saver is gone; what it means is in `cause`."""
+
+    what: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class FellBack(Event):
+    """A checkpoint did not verify and an older one is being tried."""
+
+    directory: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed(Event):
+    """The training state was restored."""
+
+    directory: str
+    step: int
+    written_by: int
+    read_by: int
+    size_bytes: int
+    elapsed_s: float
+
+
+class Sink(Protocol):
+    """Receives every event, on whatever thread it happened; must not block or raise."""
+
+    def __call__(self, event: Event) -> None: ...
+
+
+_LEVELS: dict[type[Event], int] = {
+    Lost: logging.ERROR, FellBack: logging.WARNING, Noticed: logging.WARNING,
+    Staged: logging.DEBUG,
+}  # fmt: skip
+
+
+def log_sink(event: Event) -> None:
+    """The default sink: one line in the "spotspeed" logger."""
+    _logger.log(_LEVELS.get(type(event), logging.INFO), event.describe())
+
+
+_sinks: list[Sink] = [log_sink]
+
+
+def add_sink(sink: Sink) -> None:
+    """Send every later event to `sink` as well."""
+    _sinks.append(sink)
+
+
+def remove_sink(sink: Sink) -> None:
+    """Stop sending events to `sink`; unknown sinks are ignored."""
+    if sink in _sinks:
+        _sinks.remove(sink)
+
+
+def emit(event: Event) -> None:
+    """Hand `event` to every sink."""
+    for sink in tuple(_sinks):
+        sink(event)
