@@ -1,0 +1,1 @@
+"""Agreement across ranks: transports, signals, notices and the control thread."""

@@ -1,0 +1,1 @@
+"""Where interruption notices come from: one module a source."""
