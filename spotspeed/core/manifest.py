@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from spotspeed.errors import FormatError
@@ -43,8 +43,8 @@ class Ticket:
     """One save that all ranks agreed on, fixed before the first byte is staged.
 
     `epoch` counts the launches of this job at this path; `step` the optimizer updates completed;
-    `attempt` tells several saves at one step apart; `created_unix_s` is decided once, by whoever
-    issued the ticket, so that everything derived from it stays a pure function.
+    `attempt` tells several saves at one step apart. `created_unix_s` is each rank's own clock and
+    no part of the ticket's identity; the manifest takes rank 0's.
     """
 
     epoch: int
@@ -53,7 +53,7 @@ class Ticket:
     tag: str
     reason: str
     world_size: int
-    created_unix_s: int
+    created_unix_s: int = field(compare=False)
     restored_from: str | None = None
 
     def __post_init__(self) -> None:
@@ -85,8 +85,9 @@ class Ticket:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the canonical form; shards carry it, so that they cannot be mixed up."""
-        return hashlib.sha256(canonical_json(asdict(self))).digest()
+        """SHA-256 of the identity; shards carry it, so that they cannot be mixed up."""
+        identity = {key: value for key, value in asdict(self).items() if key != "created_unix_s"}
+        return hashlib.sha256(canonical_json(identity)).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,7 @@ def seal_manifest(ticket: Ticket, receipts: Mapping[int, bytes]) -> tuple[Manife
     missing = [rank for rank in range(ticket.world_size) if rank not in receipts]
     if missing:
         raise FormatError(f"{ticket.directory}: no receipt of ranks {missing[:8]}")
-    records, data_bytes = [], 0
+    records, data_bytes, issued = [], 0, ticket
     for rank in range(ticket.world_size):
         data, path = receipts[rank], ticket.receipt_path(rank)
         receipt = decode_receipt(data, source=path)
@@ -184,7 +185,8 @@ def seal_manifest(ticket: Ticket, receipts: Mapping[int, bytes]) -> tuple[Manife
             raise FormatError(f"{path}: belongs to {receipt.ticket.directory}, rank {receipt.rank}")
         records.append(ReceiptRecord(rank, path, len(data), hashlib.sha256(data).hexdigest()))
         data_bytes += receipt.shard.size_bytes
-    manifest = Manifest(ticket, tuple(records), data_bytes)
+        issued = receipt.ticket if rank == 0 else issued
+    manifest = Manifest(issued, tuple(records), data_bytes)
     return manifest, encode_manifest(manifest)
 
 

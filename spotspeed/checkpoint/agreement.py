@@ -1,0 +1,70 @@
+"""One rank's value or error on every rank: small decisions, shared over the control plane."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spotspeed import errors
+from spotspeed.errors import SpotSpeedError
+
+Exchange = Callable[[str, bytes], list[bytes]]
+"""All-gather over the control plane: (label, this rank's value) -> every rank's value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one rank made of something: `error` is empty or the name of an error's class."""
+
+    rank: int
+    error: str
+    text: str
+
+    @property
+    def kind(self) -> type[SpotSpeedError]:
+        """The class to raise for this verdict; its message is `text`."""
+        found = getattr(errors, self.error, SpotSpeedError)
+        if found is errors.ChecksumMismatchError:
+            return errors.CorruptionError
+        return found if isinstance(found, type) else SpotSpeedError
+
+
+def share(
+    exchange: Exchange, label: str, rank: int, decide: Callable[[], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What `decide` returned on rank 0, on every rank; its SpotSpeedError, raised on every rank.
+
+    `decide` is called on rank 0 only and returns plain JSON data.
+    """
+    answer: dict[str, Any] = {}
+    if rank == 0:
+        try:
+            answer = {"value": dict(decide())}
+        except SpotSpeedError as error:
+            answer = {"error": type(error).__name__, "text": str(error)}
+    first = json.loads(exchange(label, json.dumps(answer).encode())[0])
+    if "value" not in first:
+        verdict = Verdict(0, first.get("error", ""), first.get("text", "rank 0 sent nothing"))
+        raise verdict.kind(verdict.text)
+    value: dict[str, Any] = first["value"]
+    return value
+
+
+def vote(exchange: Exchange, label: str, error: SpotSpeedError | None) -> list[Verdict]:
+    """The verdicts of the ranks that object, on every rank alike; empty when all agree."""
+    mine = {"error": type(error).__name__, "text": str(error)} if error else {"error": ""}
+    answers = exchange(label, json.dumps(mine).encode())
+    verdicts = []
+    for rank, answer in enumerate(answers):
+        data = json.loads(answer)
+        if data["error"]:
+            verdicts.append(Verdict(rank, data["error"], data["text"]))
+    return verdicts
+
+
+def raise_first(verdicts: list[Verdict]) -> None:
+    """Raise the first objection as the error it was, naming its rank."""
+    if verdicts:
+        raise verdicts[0].kind(f"rank {verdicts[0].rank}: {verdicts[0].text}")

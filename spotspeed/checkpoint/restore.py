@@ -1,0 +1,165 @@
+"""Restore that all ranks agree on: one chooses, every rank verifies what it reads and votes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from spotspeed import events
+from spotspeed.checkpoint.agreement import Exchange, Verdict, raise_first, share, vote
+from spotspeed.checkpoint.catalog import CheckpointInfo, find, list_sealed
+from spotspeed.checkpoint.reader import CheckpointReader
+from spotspeed.checkpoint.save import JOB_KEY, KIND_BLOB, rank_key
+from spotspeed.core import plain
+from spotspeed.core.layout import KIND_BUFFER, Fragment, StoredTensor, TensorKey
+from spotspeed.errors import CorruptionError, SpotSpeedError, UnsupportedLayoutError
+from spotspeed.state.plain_tensors import from_plain
+from spotspeed.state.provider import Piece, StateProvider
+from spotspeed.state.small import SmallState
+from spotspeed.storage.contract import Storage
+
+_FALLS_BACK = (CorruptionError, UnsupportedLayoutError)
+"""Objections to one checkpoint that an older one may not meet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What was restored: the checkpoint's identity, and what the caller had stored with it."""
+
+    tag: str
+    step: int
+    directory: str
+    digest: str
+    world_size: int
+    """Number of ranks that wrote it."""
+    client_state: dict[str, Any] = field(repr=False, default_factory=dict)
+    cursor: Any = field(repr=False, default=None)
+    """Position in the data, as it was recorded at the step's boundary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Who takes part: this rank's place, how it talks to the others, what it fills."""
+
+    rank: int
+    world_size: int
+    exchange: Exchange
+    provider: StateProvider
+    small: SmallState
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One candidate, wholly read and verified by this rank."""
+
+    job: dict[str, Any]
+    rank_state: dict[str, Any]
+    size_bytes: int
+
+
+def restore_agreed(storage: Storage, seat: Seat, *, tag: str | None = None) -> Restored | None:
+    """Fill the live state from the newest checkpoint that verifies on every rank.
+
+    With `tag`, that checkpoint alone will do. Returns None when there is none, on all ranks alike.
+    The same on every rank, or an error on every rank: CorruptionError when checkpoints exist and
+    none verifies, ObjectNotFoundError for an unknown tag, ReshardError when the model differs.
+    The live state is undefined after an error that a damaged checkpoint caused.
+    """
+    began, rejected = time.monotonic(), []
+    candidates = _Candidates(storage, tag)
+    while True:
+        offer = share(seat.exchange, "restore-offer", seat.rank, candidates.offer)
+        if offer["directory"] is None:
+            break
+        objections, read = _try(storage, seat, offer)
+        if not objections and read is not None:
+            return _finish(seat, offer, read, began)
+        raise_first([o for o in objections if not issubclass(o.kind, _FALLS_BACK)])
+        why = "; ".join(f"rank {o.rank}: {o.text}" for o in objections)
+        rejected.append(f"{offer['directory']}: {why}")
+        events.emit(events.FellBack(offer["directory"], why))
+        if tag is not None:
+            break
+    if rejected:
+        raise CorruptionError(
+            "no checkpoint could be restored; run `spotspeed verify` on the path to see the "
+            "damage. Tried, newest first:\n  " + "\n  ".join(rejected)
+        )
+    return None
+
+
+class _Candidates:
+    """Rank 0's list of what to try, newest first."""
+
+    def __init__(self, storage: Storage, tag: str | None) -> None:
+        self._storage, self._tag = storage, tag
+        self._remaining: Iterator[CheckpointInfo] | None = None
+
+    def offer(self) -> dict[str, Any]:
+        """The next candidate as plain data; its directory is None when there is none left."""
+        if self._remaining is None:
+            self._remaining = iter(self._list())
+        info = next(self._remaining, None)
+        if info is None:
+            return {"directory": None}
+        return {"directory": info.directory, "digest": info.digest, "tag": info.tag,
+                "step": info.step, "world_size": info.world_size}  # fmt: skip
+
+    def _list(self) -> Sequence[CheckpointInfo]:
+        if self._tag is not None:
+            return [find(self._storage, self._tag)]
+        return list_sealed(self._storage)
+
+
+def _try(
+    storage: Storage, seat: Seat, offer: dict[str, Any]
+) -> tuple[list[Verdict], _Read | None]:
+    """Read the offered checkpoint; the ranks that object to it, and what this rank has read."""
+    read, objection = None, None
+    try:
+        read = _read(storage, seat, offer)
+    except SpotSpeedError as error:
+        objection = error
+    return vote(seat.exchange, "restore-vote", objection), read
+
+
+def _read(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Read:
+    reader = CheckpointReader.open(storage, offer["directory"], digest=offer["digest"])
+    stored = reader.tensors()
+    pieces = seat.provider.prepare_restore(
+        {key: value for key, value in stored.items() if key.kind not in (KIND_BLOB, KIND_BUFFER)}
+    )
+    pieces += seat.small.buffer_targets(_own_buffers(stored, seat.rank, offer["world_size"]))
+    report = reader.read_into([_request(piece) for piece in pieces])
+    old_rank = seat.rank % int(offer["world_size"])
+    job = from_plain(plain.decode(reader.blob(JOB_KEY), source=f"{offer['directory']}: job"))
+    rank_state = from_plain(
+        plain.decode(reader.blob(rank_key(old_rank)), source=f"{offer['directory']}: rank")
+    )
+    return _Read(job, rank_state, report.bytes_read)
+
+
+def _own_buffers(
+    stored: Mapping[TensorKey, StoredTensor], rank: int, world_size: int
+) -> dict[TensorKey, StoredTensor]:
+    """The buffers that this rank takes over: its own, or those of an old rank in turn."""
+    scope = f"rank-{rank % world_size}"
+    return {key: value for key, value in stored.items()
+            if key.kind == KIND_BUFFER and key.scope == scope}  # fmt: skip
+
+
+def _request(piece: Piece) -> tuple[Fragment, memoryview]:
+    return piece.holding.fragment, piece.view()
+
+
+def _finish(seat: Seat, offer: dict[str, Any], read: _Read, began: float) -> Restored:
+    seat.provider.finish_restore()
+    seat.small.apply(read.job, read.rank_state, written_by=offer["world_size"])
+    elapsed_s = time.monotonic() - began
+    events.emit(events.Resumed(offer["directory"], offer["step"], offer["world_size"],
+                               seat.world_size, read.size_bytes, elapsed_s))  # fmt: skip
+    return Restored(offer["tag"], offer["step"], offer["directory"], offer["digest"],
+                    offer["world_size"], read.job.get("client_state", {}),
+                    read.job.get("cursor"))  # fmt: skip

@@ -1,0 +1,64 @@
+"""One save of this rank: the live state as fragments and blobs, handed to the stager."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from spotspeed.core import plain
+from spotspeed.core.layout import Fragment, TensorKey
+from spotspeed.core.manifest import Ticket
+from spotspeed.state.plain_tensors import to_plain
+from spotspeed.state.provider import Piece, StateProvider
+from spotspeed.state.small import Record, SmallState
+
+if TYPE_CHECKING:
+    import torch
+
+    from spotspeed.staging.stager import StagedSave, Stager
+
+KIND_BLOB = "blob"
+JOB_KEY = TensorKey(KIND_BLOB, "job")
+"""What all ranks share and rank 0 writes: counters, param groups, scheduler, client state."""
+
+
+def rank_key(rank: int) -> TensorKey:
+    """What belongs to one rank alone: its random number generators."""
+    return TensorKey(KIND_BLOB, "rank", f"rank-{rank}")
+
+
+def begin_save(
+    ticket: Ticket,
+    *,
+    rank: int,
+    sources: tuple[StateProvider, SmallState, Stager],
+    record: Record,
+    extra: Mapping[str, Any],
+) -> StagedSave:
+    """Start to stage this rank's part of `ticket`; returns before the bytes are copied.
+
+    `record` is the small state at the ticket's step and `extra` joins the job's blob
+    ("client_state", ...). The tensors may not change until the save is staged. Raises
+    CaptureError when something cannot be stored, naming it.
+    """
+    provider, small, stager = sources
+    pieces = [*provider.pieces(), *provider.derived_mismatches(), *small.buffer_pieces(record)]
+    blobs = {rank_key(rank): _encode(small.rank(record), what="rank state")}
+    if rank == 0:
+        job = {**small.job(record), "model": provider.describe(), **extra}
+        blobs[JOB_KEY] = _encode(job, what="job state")
+    shares = [share for piece in pieces if (share := _share(piece)) is not None]
+    return stager.stage(ticket, shares, blobs)
+
+
+def _share(piece: Piece) -> tuple[Fragment, torch.Tensor] | None:
+    """The part of a replicated piece that this rank writes, or None when it has none."""
+    fragment, whole = piece.holding.share, piece.holding.fragment.interval
+    if fragment.interval.count == 0:
+        return None
+    start = fragment.interval.start - whole.start
+    return fragment, piece.tensor.narrow(0, start, fragment.interval.count)
+
+
+def _encode(value: Mapping[str, Any], *, what: str) -> bytes:
+    return plain.encode(to_plain(value), what=what)
