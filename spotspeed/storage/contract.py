@@ -24,7 +24,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from spotspeed.errors import StorageError
 
@@ -67,7 +67,7 @@ class Writer(Protocol):
     def abort(self) -> None:
         """Discard what was written; nothing appears. Harmless after `commit` or `abort`."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Writer: ...
 
     def __exit__(
         self,

@@ -1,0 +1,300 @@
+"""Objects in any store that fsspec reaches: S3, Google Cloud Storage, Azure, and others.
+
+The stores named in `_OBJECT_STORES` publish an object when its upload completes, and refuse a
+conditional put atomically in the backend's own code; a writer streams to the final key there.
+Elsewhere a writer streams to a hidden name and moves it, as atomically as that store moves, and
+`create` is exists-then-put (`has_atomic_create` is False): fsspec's generic `create` mode is no
+more than that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import fsspec
+from fsspec.spec import AbstractBufferedFile
+
+from spotspeed import events
+from spotspeed.errors import ConfigError, FormatError, StorageError
+from spotspeed.storage.contract import (
+    ObjectInfo,
+    ReadBuffer,
+    WriteBuffer,
+    as_bytes_view,
+    check_key,
+    check_prefix,
+)
+from spotspeed.storage.fsspec_failures import (
+    is_precondition_failure,
+    is_range_failure,
+    remote_error,
+)
+
+BLOCK_BYTES = 16 * 1024 * 1024
+"""Size of one part of a streamed upload; S3 takes at most 10,000 parts, so 160 GB an object."""
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
+_READ_ONLY = frozenset({"http", "https"})
+_HIDDEN = ".tmp-"
+
+
+class FsspecStorage:
+    """A Storage below an fsspec URL; `filesystem` defaults to the one the URL names."""
+
+    def __init__(self, url: str, *, filesystem: Any = None) -> None:
+        self._url = url.rstrip("/")
+        self._protocol = url.split("://", 1)[0].split("::", 1)[0]
+        self._fs = _filesystem(url) if filesystem is None else filesystem
+        self._root = self._fs._strip_protocol(self._url).rstrip("/")
+        self._is_object_store = self._protocol in _OBJECT_STORES
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def has_atomic_create(self) -> bool:
+        return self._is_object_store
+
+    def put(self, key: str, data: ReadBuffer) -> None:
+        path, content = self._writable(key), bytes(as_bytes_view(data))
+        if not self._is_object_store:
+            with self.writer(key) as writer:
+                writer.write(content)
+                writer.commit()
+            return
+        with self._failing("put", key):
+            self._fs.pipe_file(path, content)
+
+    def create(self, key: str, data: ReadBuffer) -> bool:
+        path = self._writable(key)
+        if not self._is_object_store:
+            with self._failing("create", key):
+                self._fs.invalidate_cache()
+                if self._fs.exists(path):
+                    return False
+            self.put(key, data)
+            return True
+        try:
+            self._fs.pipe_file(path, bytes(as_bytes_view(data)), mode="create")
+        except Exception as error:
+            if is_precondition_failure(error):
+                return False
+            raise remote_error("create", self._place(key), error) from error
+        return True
+
+    def writer(self, key: str) -> FsspecWriter:
+        path = self._writable(key)
+        target = path
+        if not self._is_object_store:
+            parent, _, _ = path.rpartition("/")
+            target = f"{parent}/{_HIDDEN}{secrets.token_hex(12)}"
+            with self._failing("write", key):
+                self._fs.makedirs(parent, exist_ok=True)
+        with self._failing("write", key):
+            file = self._fs.open(target, "wb", block_size=BLOCK_BYTES)
+        return FsspecWriter(self._fs, file, (target, path), self._place(key))
+
+    def get(self, key: str, limit_bytes: int) -> bytes:
+        content = self._range(key, 0, limit_bytes + 1)
+        if len(content) > limit_bytes:
+            raise FormatError(
+                f"{self._place(key)}: more than the {limit_bytes} bytes that are read"
+            )
+        return content
+
+    def read_into(self, key: str, offset: int, buffer: WriteBuffer) -> None:
+        view = as_bytes_view(buffer)
+        stop = offset + len(view)
+        content = self._range(key, offset, stop)
+        if len(content) != len(view):
+            raise FormatError(
+                f"{self._place(key)}: [{offset}, {stop}) were asked for and "
+                f"{len(content)} bytes are there; the object is cut short"
+            )
+        view[:] = content
+
+    def size(self, key: str) -> int:
+        path = self._path(key)
+        with self._failing("read", key):
+            self._fs.invalidate_cache(path)
+            info = self._fs.info(path)
+            if info["type"] != "file" or info["size"] is None:
+                raise FileNotFoundError(path)
+            return int(info["size"])
+
+    def directories(self, prefix: str = "") -> list[str]:
+        path = self._below(prefix)
+        with self._failing("list", prefix):
+            self._fs.invalidate_cache()
+            try:
+                entries = self._fs.ls(path, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        names = (e["name"].rstrip("/").rpartition("/")[2] for e in entries
+                 if e["type"] == "directory")  # fmt: skip
+        return sorted({name for name in names if _is_key(name)})
+
+    def delete(self, key: str) -> None:
+        path = self._writable(key)
+        with self._failing("delete", key), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(path)
+
+    def delete_prefix(self, prefix: str) -> None:
+        path = self._writable(check_prefix(prefix))
+        with self._failing("delete", prefix), contextlib.suppress(FileNotFoundError):
+            self._fs.invalidate_cache()
+            if self._fs.isdir(path):
+                self._fs.rm(path, recursive=True)
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        path = self._below(prefix)
+        with self._failing("list", prefix):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.find(path, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        start = len(self._root) + 1 if self._root else 0
+        below = f"{check_prefix(prefix)}/" if prefix else ""
+        infos = ((name[start:], info) for name, info in found.items())
+        return sorted(
+            ObjectInfo(key, int(info["size"] or 0))
+            for key, info in infos
+            if info["type"] == "file" and key.startswith(below) and _is_key(key)
+        )
+
+    def _range(self, key: str, start: int, stop: int) -> bytes:
+        """What the object has of [start, stop)."""
+        path = self._path(key)
+        if stop <= start:
+            return b""
+        with self._failing("read", key):
+            try:
+                return bytes(self._fs.cat_file(path, start=start, end=stop))
+            except (IsADirectoryError, NotADirectoryError):
+                raise FileNotFoundError(path) from None
+            except Exception as error:
+                if is_range_failure(error):
+                    return b""
+                raise
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{check_key(key)}"
+
+    def _writable(self, key: str) -> str:
+        if self._protocol in _READ_ONLY:
+            raise StorageError(
+                f"write {self._place(key)} failed: {self._protocol} URLs can only be read; "
+                f"save to a directory or to a bucket's own URL"
+            )
+        return self._path(key)
+
+    def _below(self, prefix: str) -> str:
+        prefix = check_prefix(prefix)
+        return f"{self._root}/{prefix}" if prefix else self._root
+
+    def _place(self, key: str) -> str:
+        return f"{self._url}/{key}"
+
+    @contextlib.contextmanager
+    def _failing(self, operation: str, key: str) -> Iterator[None]:
+        """Every failure of a backend inside becomes a StorageError that says where."""
+        try:
+            yield
+        except Exception as error:
+            raise remote_error(operation, self._place(key), error) from error
+
+
+class FsspecWriter:
+    """A streamed upload; `written` and `final` differ where the store publishes early."""
+
+    def __init__(self, fs: Any, file: Any, names: tuple[str, str], place: str) -> None:
+        self._fs = fs
+        self._file = file
+        self._written, self._final = names
+        self._place = place
+        self._position = 0
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def write(self, buffer: ReadBuffer) -> None:
+        file, view = self._open_file(), as_bytes_view(buffer)
+        try:
+            file.write(view)
+        except Exception as error:
+            raise remote_error(f"write at byte {self._position} of", self._place, error) from error
+        self._position += len(view)
+
+    def commit(self) -> None:
+        file = self._open_file()
+        try:
+            file.close()
+            if self._written != self._final:
+                self._fs.mv(self._written, self._final)
+            self._file = None
+        except Exception as error:
+            raise remote_error("commit", self._place, error) from error
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            _discard(file, self._place)
+            if self._written != self._final:
+                with contextlib.suppress(OSError):
+                    self._fs.rm_file(self._written)
+
+    def __enter__(self) -> FsspecWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+    def _open_file(self) -> Any:
+        if self._file is None:
+            raise ValueError(f"{self._place}: the writer is closed")
+        return self._file
+
+
+def _discard(file: Any, place: str) -> None:
+    """Give an upload up without publishing it: closing, even by its finalizer, would publish."""
+    if isinstance(file, AbstractBufferedFile):
+        try:
+            file.discard()
+        except Exception as error:
+            # Its parts are invisible but may cost money until the bucket's own rule expires them.
+            events.emit(events.Lost(f"unfinished upload of {place}", f"not discarded: {error}"))
+        file.closed = True
+    else:
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+def _is_key(name: str) -> bool:
+    try:
+        check_key(name)
+    except StorageError:
+        return False
+    return True
+
+
+def _filesystem(url: str) -> Any:
+    try:
+        filesystem, _ = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        raise ConfigError(f"{url}: {error}; install the package that reaches this store") from error
+    except ValueError as error:
+        raise ConfigError(f"{url}: no store of that kind is known: {error}") from error
+    return filesystem

@@ -1,0 +1,150 @@
+"""One file being written: a hidden name beside its place, fsync, then the name in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from types import TracebackType
+
+from spotspeed.errors import StorageError
+from spotspeed.storage import posix
+from spotspeed.storage.contract import ReadBuffer, as_bytes_view
+from spotspeed.storage.failures import storage_error
+from spotspeed.storage.posix import Disk
+
+TEMPORARY_PREFIX = ".tmp-"
+WRITEBACK_BYTES = 8 * 1024 * 1024
+"""Unwritten bytes at which writing to the disk is started, so that fsync finds little to do.
+
+Effect: a 1 GiB file is written and fsynced at 2.5-3.0 GB/s instead of 0.3-0.6 GB/s (ext4, virtual
+disk; 4 MiB writes); O_DIRECT reached 1.7-2.0 GB/s there and is therefore not used.
+"""
+
+
+class LocalWriter:
+    """A file being written under a hidden name beside its place; owns its two descriptors."""
+
+    def __init__(self, disk: Disk, directory: int, name: str, place: str) -> None:
+        self._disk = disk
+        self._directory = directory
+        self._name = name
+        self._place = place
+        self._temporary = TEMPORARY_PREFIX + secrets.token_hex(12)
+        self._position = 0
+        self._started = 0
+        self._file: int | None = None
+        try:
+            self._file = disk.create_file(directory, self._temporary)
+        except OSError as error:
+            disk.close(directory)
+            raise storage_error("write", place, error) from error
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def write(self, buffer: ReadBuffer) -> None:
+        file, view, done = self._open_file(), as_bytes_view(buffer), 0
+        try:
+            while done < len(view):
+                done += self._disk.write(file, view[done:], self._position + done)
+        except OSError as error:
+            raise storage_error(
+                "write", f"{self._place} at byte {self._position}", error,
+                done_bytes=done, size_bytes=len(view),
+            ) from error  # fmt: skip
+        self._position += len(view)
+        if self._position - self._started >= WRITEBACK_BYTES:
+            self._disk.start_writeback(file, self._started, self._position - self._started)
+            self._started = self._position
+
+    def commit(self) -> None:
+        """See Writer.commit: fsync the file, rename it into place, fsync the directory."""
+        with self._publishing() as directory:
+            self._disk.rename(directory, self._temporary, self._name)
+
+    def commit_new(self) -> bool:
+        """Commit unless the key exists; False when it does. Either way the key is durable then.
+
+        (The other writer may have made the name visible and not durable yet, and a caller that
+        finds its own bytes there takes them for its own.)
+        """
+        with self._publishing() as directory:
+            is_new = self._link(directory)
+        return is_new
+
+    def abort(self) -> None:
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        self._disk.close(file)
+        # The temporary name is gone after a rename; what cannot be removed now is hidden, and
+        # goes with its directory.
+        with contextlib.suppress(OSError):
+            self._disk.unlink(self._directory, self._temporary)
+        self._disk.close(self._directory)
+
+    def __enter__(self) -> LocalWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+    @contextlib.contextmanager
+    def _publishing(self) -> Iterator[int]:
+        """Around the naming of the file: bytes durable before it, the name durable after it."""
+        try:
+            self._disk.sync_file(self._open_file())
+            yield self._directory
+            self._disk.sync_directory(self._directory)
+        except OSError as error:
+            raise storage_error("commit", self._place, error, size_bytes=self._position) from error
+        finally:
+            self.abort()
+
+    def _link(self, directory: int) -> bool:
+        try:
+            self._disk.link(directory, self._temporary, self._name)
+        except FileExistsError:
+            # NFS may report a link that it made at a first, unanswered attempt (open(2), O_EXCL).
+            return _is_same_file(directory, self._temporary, self._name)
+        except OSError as error:
+            if error.errno not in posix.LINK_UNSUPPORTED:
+                raise
+            return self._rename_new(directory)
+        return True
+
+    def _rename_new(self, directory: int) -> bool:
+        try:
+            self._disk.rename_new(directory, self._temporary, self._name)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            raise StorageError(
+                f"create {self._place}: this file system has neither hard links nor "
+                f"RENAME_NOREPLACE, so two jobs could not be told apart; give the bucket's own URL "
+                f"(s3://, gs://, az://) instead of its mount, or another file system"
+            ) from error
+        return True
+
+    def _open_file(self) -> int:
+        if self._file is None:
+            raise ValueError(f"{self._place}: the writer is closed")
+        return self._file
+
+
+def _is_same_file(directory: int, one: str, other: str) -> bool:
+    return os.path.samestat(
+        os.stat(one, dir_fd=directory, follow_symlinks=False),
+        os.stat(other, dir_fd=directory, follow_symlinks=False),
+    )

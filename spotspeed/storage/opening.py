@@ -1,0 +1,53 @@
+"""Opens the store that a `path` of the configuration names."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from spotspeed.errors import ConfigError
+from spotspeed.storage.contract import Storage
+from spotspeed.storage.local import LocalStorage
+from spotspeed.storage.memory import MemoryStorage
+from spotspeed.storage.retry import RetryingStorage
+
+_memories: dict[str, MemoryStorage] = {}
+_memories_lock = threading.Lock()
+
+
+def open_storage(url: str | os.PathLike[str]) -> Storage:
+    """The store at a directory or URL, with retries; nothing is created until the first write.
+
+    A directory may be given as such or as file://; memory://NAME is one store per name and
+    process; anything else is opened by fsspec. Raises ConfigError when the URL cannot name a
+    store, with what to write instead.
+    """
+    return RetryingStorage(_open_plain(os.fspath(url)))
+
+
+def _open_plain(url: str) -> Storage:
+    if not url or "\0" in url:
+        raise ConfigError(f"path {url!r} names nothing: give a directory or a URL like s3://bucket")
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return _open_directory(os.path.abspath(os.path.expanduser(url)))
+    if scheme in ("file", "local"):
+        if not rest.startswith("/"):
+            raise ConfigError(f"path {url!r}: write file:///absolute/directory")
+        return _open_directory(rest)
+    if scheme == "memory":
+        with _memories_lock:
+            return _memories.setdefault(rest.strip("/"), MemoryStorage(rest.strip("/")))
+    if not rest.strip("/"):
+        raise ConfigError(f"path {url!r}: the bucket or host is missing after {scheme}://")
+    # fsspec takes a while to import, and the saver of a local path does without.
+    from spotspeed.storage.fsspec_backend import FsspecStorage
+
+    return FsspecStorage(url)
+
+
+def _open_directory(path: str) -> Storage:
+    if os.path.lexists(path) and not os.path.isdir(path):
+        what = "a file" if os.path.exists(path) else "a link to nothing"
+        raise ConfigError(f"path {path!r} is {what}: give a directory, or a name that is free")
+    return LocalStorage(path)
