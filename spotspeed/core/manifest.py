@@ -254,7 +254,8 @@ def _unseal(data: bytes, source: str, document: str) -> dict[str, Any]:
 
 
 def _ticket(raw: object, source: str) -> Ticket:
-    return _build(Ticket, raw, source)
+    ticket: Ticket = _build(Ticket, raw, source)
+    return ticket
 
 
 def _field(body: Mapping[str, Any], key: str, kind: type, source: str) -> Any:

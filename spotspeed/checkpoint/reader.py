@@ -1,0 +1,164 @@
+"""Reads a sealed checkpoint: any fragment, into any layout, every byte verified."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spotspeed.checkpoint.arrays import to_numpy
+from spotspeed.checkpoint.fetch import Span, fetch, plan_spans
+from spotspeed.checkpoint.sealed import OpenShard, in_parallel, open_all, open_manifest, place
+from spotspeed.checkpoint.verify import VerifyReport, verify_checkpoint
+from spotspeed.core.format import FOOTER_BYTES
+from spotspeed.core.interval import Interval
+from spotspeed.core.layout import Fragment, StoredTensor, TensorKey
+from spotspeed.core.manifest import Manifest
+from spotspeed.core.reshard import gather, plan_reads
+from spotspeed.errors import FormatError, InvalidLayoutError
+from spotspeed.storage.contract import Storage, WriteBuffer, as_bytes_view
+
+THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ReadReport:
+    """What one `read_into` did: bytes asked for, bytes of frames read for them, in how many reads.
+
+    Receipts and indexes, read once per reader, are in `CheckpointReader.metadata_bytes`.
+    """
+
+    bytes_wanted: int
+    bytes_read: int
+    reads: int
+    chunks: int
+
+
+class CheckpointReader:
+    """A sealed checkpoint, opened when first asked; may be used from several threads.
+
+    Every damage is CorruptionError naming the file, a listed file that is gone too. Nothing read
+    is trusted before its digest, up to the manifest's, has been checked.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest, *, threads: int = THREADS) -> None:
+        self._storage = storage
+        self._manifest = manifest
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._shards: list[OpenShard] | None = None
+        self._tensors: dict[TensorKey, StoredTensor] = {}
+
+    @classmethod
+    def open(
+        cls, storage: Storage, directory: str, *, digest: str | None = None, threads: int = THREADS
+    ) -> CheckpointReader:
+        """The checkpoint in `directory`, whose manifest must have `digest` if that is given.
+
+        Raises ObjectNotFoundError when the directory holds no sealed checkpoint.
+        """
+        manifest = open_manifest(storage, directory, digest=digest)
+        return cls(storage, manifest, threads=threads)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes of receipts, indexes and footers, which are read once."""
+        shards = self._open()
+        receipts = sum(record.size_bytes for record in self._manifest.receipts)
+        return receipts + sum(s.receipt.shard.index_bytes + FOOTER_BYTES for s in shards)
+
+    def tensors(self) -> Mapping[TensorKey, StoredTensor]:
+        """Every logical tensor of the checkpoint and where its parts lie."""
+        self._open()
+        return self._tensors
+
+    def read_into(self, requests: Sequence[tuple[Fragment, WriteBuffer]]) -> ReadReport:
+        """Fill each buffer (exactly the fragment's bytes, writable) with its fragment.
+
+        The checkpoint's ranks and layout do not matter. Buffers are borrowed until this returns,
+        and hold undefined bytes when it raises: CorruptionError when something read is damaged,
+        InvalidLayoutError when the checkpoint does not hold what is asked, ValueError for a
+        buffer of another size.
+        """
+        shards = self._open()
+        targets = [_target(fragment, buffer) for fragment, buffer in requests]
+        plan = plan_reads(self._tensors, [fragment for fragment, _ in requests])
+        spans: list[Span] = []
+        for shard, transfers in plan.by_shard().items():
+            spans += plan_spans(shards[shard], transfers)
+        read = in_parallel(
+            lambda span: fetch(self._storage, span, targets), spans, threads=self._threads
+        )
+        chunks = sum(len(span.chunks) for span in spans)
+        return ReadReport(plan.size_bytes, sum(read), len(spans), chunks)
+
+    def read_tensor(
+        self, key: TensorKey, start: int = 0, stop: int | None = None
+    ) -> np.ndarray[Any, Any]:
+        """Elements [start, stop) of one tensor, flattened; the whole one in its own shape.
+
+        Types that numpy does not have come as float32, which holds each of their values exactly:
+        bfloat16 and the float8 types. Raises InvalidLayoutError for an unknown tensor or range.
+        """
+        tensor = self.tensors().get(key)
+        if tensor is None:
+            raise InvalidLayoutError(f"{key} is not in checkpoint {self._manifest.ticket.tag}")
+        total = math.prod(tensor.shape)
+        last = total if stop is None else stop
+        if not 0 <= start <= last <= total:
+            raise InvalidLayoutError(f"{key} has elements [0, {total}), [{start}, {last}) asked")
+        fragment = Fragment(key, tensor.dtype, tensor.shape, Interval(start, last))
+        data = bytearray(fragment.size_bytes)
+        self.read_into([(fragment, data)])
+        array = to_numpy(data, tensor.dtype)
+        return array.reshape(tensor.shape) if (start, last) == (0, total) else array
+
+    def blob(self, key: TensorKey) -> bytes:
+        """The bytes of a one-dimensional uint8 tensor, such as the "job" blob."""
+        tensor = self.tensors().get(key)
+        if tensor is None or tensor.dtype != "uint8" or len(tensor.shape) != 1:
+            raise FormatError(f"{self._place()}: holds no bytes called {key}")
+        return self.read_tensor(key).tobytes()
+
+    def verify(self) -> VerifyReport:
+        """Read every file whole; raises the first CorruptionError when anything is damaged."""
+        report = self.find_damage()
+        if report.damages:
+            raise report.damages[0]
+        return report
+
+    def find_damage(self) -> VerifyReport:
+        """Read every file whole and report all damage; uses nothing that was read before."""
+        return verify_checkpoint(self._storage, self._manifest, threads=self._threads)
+
+    def _open(self) -> list[OpenShard]:
+        with self._lock:
+            if self._shards is None:
+                shards = open_all(self._storage, self._manifest, threads=self._threads)
+                try:
+                    self._tensors = gather([shard.index.entries for shard in shards])
+                except InvalidLayoutError as error:
+                    raise FormatError(f"{self._place()}: {error}") from error
+                self._shards = shards
+            return self._shards
+
+    def _place(self) -> str:
+        return place(self._storage, self._manifest.ticket.directory)
+
+
+def _target(fragment: Fragment, buffer: WriteBuffer) -> memoryview:
+    view = as_bytes_view(buffer)
+    if view.readonly or len(view) != fragment.size_bytes:
+        raise ValueError(
+            f"{fragment.key}: {fragment.size_bytes} writable bytes needed, given {len(view)}"
+            + (" read-only ones" if view.readonly else "")
+        )
+    return view

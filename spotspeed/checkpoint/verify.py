@@ -1,0 +1,183 @@
+"""Reads every byte of a sealed checkpoint and says what is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from spotspeed.checkpoint.fetch import SPAN_BYTES, unpack
+from spotspeed.checkpoint.sealed import (
+    OpenShard,
+    in_parallel,
+    listed,
+    open_manifest,
+    open_receipt,
+    open_shard,
+    place,
+)
+from spotspeed.codec import check_digest
+from spotspeed.core.format import (
+    CODEC_RAW,
+    HEADER_BYTES,
+    Header,
+    encode_header,
+    parse_header,
+)
+from spotspeed.core.index import ChunkRecord
+from spotspeed.core.manifest import Manifest
+from spotspeed.core.reshard import gather, uncovered
+from spotspeed.errors import CorruptionError, FormatError, InvalidLayoutError, ObjectNotFoundError
+from spotspeed.storage.contract import Storage
+
+_REPORTED_PER_FILE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was read, and every damage that was found (the first ones of each file)."""
+
+    directory: str
+    files: int
+    bytes_read: int
+    damages: tuple[CorruptionError, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.damages
+
+
+@dataclass(frozen=True, slots=True)
+class _ShardReport:
+    shard: OpenShard | None
+    bytes_read: int
+    damages: tuple[CorruptionError, ...]
+
+
+def verify_checkpoint(storage: Storage, manifest: Manifest, *, threads: int = 4) -> VerifyReport:
+    """Read manifest, receipts and shards of a checkpoint whole; memory is bounded.
+
+    Never raises for damage, which is what the report is for; other storage errors pass through.
+    """
+    directory = manifest.ticket.directory
+    damages: list[CorruptionError] = []
+    try:
+        open_manifest(storage, directory, digest=manifest.digest)
+    except ObjectNotFoundError:
+        damages.append(CorruptionError(f"{place(storage, manifest.ticket.manifest_path)}: gone"))
+    except CorruptionError as error:
+        damages.append(error)
+    ranks = range(manifest.ticket.world_size)
+    reports = in_parallel(
+        lambda rank: _verify_rank(storage, manifest, rank), ranks, threads=threads
+    )
+    for report in reports:
+        damages += report.damages
+    shards = [report.shard for report in reports if report.shard is not None]
+    if len(shards) == len(reports):
+        damages += _incomplete(place(storage, directory), shards)
+    bytes_read = sum(report.bytes_read for report in reports)
+    return VerifyReport(directory, 1 + 2 * len(ranks), bytes_read, tuple(damages))
+
+
+def _verify_rank(storage: Storage, manifest: Manifest, rank: int) -> _ShardReport:
+    try:
+        receipt = open_receipt(storage, manifest, rank)
+        shard = open_shard(storage, receipt)
+    except CorruptionError as error:
+        return _ShardReport(None, 0, (error,))
+    damages: list[CorruptionError] = []
+    try:
+        for damage in _damages(storage, shard):
+            damages.append(damage)
+            if len(damages) == _REPORTED_PER_FILE:
+                break
+    except CorruptionError as error:
+        damages.append(error)
+    size = receipt.shard.size_bytes + manifest.receipts[rank].size_bytes
+    return _ShardReport(shard, size, tuple(damages))
+
+
+def _damages(storage: Storage, shard: OpenShard) -> Iterator[CorruptionError]:
+    """Every damage before the index, which has been verified by opening the shard."""
+    source = place(storage, shard.path)
+    buffer = memoryview(bytearray(SPAN_BYTES))
+    position = 0
+    for group in _groups(shard):
+        stop = group[-1][1].file_stop if group else shard.index.frames_stop
+        if stop - position > len(buffer):
+            buffer = memoryview(bytearray(stop - position))
+        view = buffer[: stop - position]
+        with listed(storage, shard.path):
+            storage.read_into(shard.path, position, view)
+        reach = position
+        if position == 0:
+            yield from _header_damage(shard, view[:HEADER_BYTES], source)
+            reach = HEADER_BYTES
+        for number, record in group:
+            yield from _padding_damage(view, position, reach, record.file_offset, source)
+            frame = view[record.file_offset - position : record.file_stop - position]
+            yield from _chunk_damage(frame, record, f"{source}#chunk {number}")
+            reach = record.file_stop
+        if not group:
+            yield from _padding_damage(view, position, reach, stop, source)
+        position = stop
+
+
+def _groups(shard: OpenShard) -> Iterator[list[tuple[int, ChunkRecord]]]:
+    """Consecutive chunks of about SPAN_BYTES, and an empty group for what is behind the last."""
+    group: list[tuple[int, ChunkRecord]] = []
+    position = 0
+    for number, record in enumerate(shard.index.chunks):
+        if group and record.file_stop - position > SPAN_BYTES:
+            position = group[-1][1].file_stop
+            yield group
+            group = []
+        group.append((number, record))
+    if group:
+        yield group
+    yield []
+
+
+def _header_damage(shard: OpenShard, data: memoryview, source: str) -> Iterator[CorruptionError]:
+    index = shard.index
+    right = Header(index.ticket_digest, index.rank, index.world_size, index.minor)
+    if data == encode_header(right):
+        return
+    try:
+        parse_header(bytes(data), source=source)
+    except CorruptionError as error:
+        yield error
+    else:
+        yield FormatError(f"{source}: the header is of another shard")
+
+
+def _padding_damage(
+    view: memoryview, position: int, start: int, stop: int, source: str
+) -> Iterator[CorruptionError]:
+    if any(view[start - position : stop - position]):
+        yield FormatError(f"{source}: the padding in bytes [{start}, {stop}) is not zero")
+
+
+def _chunk_damage(
+    frame: memoryview, record: ChunkRecord, key: str
+) -> Iterator[CorruptionError]:
+    try:
+        check_digest(frame, record.stored_digest, key=key)
+        if record.codec != CODEC_RAW:
+            unpack(frame, record, memoryview(bytearray(record.raw_size)), key=key)
+    except CorruptionError as error:
+        yield error
+
+
+def _incomplete(source: str, shards: list[OpenShard]) -> Iterator[CorruptionError]:
+    """Tensors that the shards together do not hold wholly and once."""
+    try:
+        tensors = gather([shard.index.entries for shard in shards])
+    except InvalidLayoutError as error:
+        yield FormatError(f"{source}: the shards contradict each other: {error}")
+        return
+    for key, tensor in tensors.items():
+        gap = uncovered(tensor)
+        if gap is not None:
+            yield FormatError(f"{source}: no shard holds elements [{gap.start}, {gap.stop}) of "
+                              f"{key}")  # fmt: skip
