@@ -1,0 +1,317 @@
+// The Python module spotspeed._native; the only file that knows Python.
+//
+// Every binding checks sizes and addresses before memory is touched, and releases the GIL while
+// bytes move. What a job borrows is kept alive by the `keep` object that its handle holds.
+#include <chrono>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <string>
+#include <system_error>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "arena.h"
+#include "device.h"
+#include "host_copy.h"
+#include "planes.h"
+
+namespace py = pybind11;
+using namespace spotspeed;
+
+namespace {
+
+using CopyTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::size_t>;
+using PackTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t>;
+
+std::vector<Copy> to_copies(const std::vector<CopyTuple>& tuples) {
+  std::vector<Copy> copies;
+  copies.reserve(tuples.size());
+  for (const auto& [source, target, size] : tuples) {
+    copies.push_back({reinterpret_cast<const std::byte*>(source),
+                      reinterpret_cast<std::byte*>(target), size});
+  }
+  return copies;
+}
+
+std::vector<PackItem> to_items(const std::vector<PackTuple>& tuples) {
+  std::vector<PackItem> items;
+  items.reserve(tuples.size());
+  for (const auto& [source, offset, size] : tuples) items.push_back({source, offset, size});
+  return items;
+}
+
+// A contiguous view of a Python buffer, held open for the duration of a call.
+class View {
+ public:
+  View(const py::object& object, const char* what, bool writable) {
+    const int flags = PyBUF_SIMPLE | (writable ? PyBUF_WRITABLE : 0);
+    if (PyObject_GetBuffer(object.ptr(), &buffer_, flags) != 0) {
+      PyErr_Clear();
+      throw py::value_error(std::string(what) + " must be a contiguous " +
+                            (writable ? "writable " : "") + "buffer");
+    }
+  }
+  ~View() { PyBuffer_Release(&buffer_); }
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+  std::byte* data() const { return static_cast<std::byte*>(buffer_.buf); }
+  std::size_t size() const { return static_cast<std::size_t>(buffer_.len); }
+
+ private:
+  Py_buffer buffer_{};
+};
+
+using PlaneFunction = void (*)(const std::byte*, std::byte*, std::size_t, std::size_t);
+
+template <PlaneFunction Function>
+void transform_planes(const py::object& source, const py::object& target, std::size_t item_bytes) {
+  if (item_bytes != 2 && item_bytes != 4 && item_bytes != 8) {
+    throw py::value_error("item_bytes must be 2, 4 or 8, not " + std::to_string(item_bytes));
+  }
+  const View from(source, "source", false), to(target, "target", true);
+  if (from.size() != to.size() || from.size() % item_bytes != 0) {
+    throw py::value_error("source holds " + std::to_string(from.size()) + " bytes and target " +
+                          std::to_string(to.size()) + ": both must be the same multiple of " +
+                          std::to_string(item_bytes));
+  }
+  if (from.data() < to.data() + to.size() && to.data() < from.data() + from.size()) {
+    throw py::value_error("source and target overlap");
+  }
+  const py::gil_scoped_release release;
+  Function(from.data(), to.data(), item_bytes, from.size() / item_bytes);
+}
+
+// A job and the Python objects that own the memory it touches.
+class CopyHandle {
+ public:
+  CopyHandle(std::shared_ptr<CopyJob> job, py::object keep)
+      : job_(std::move(job)), keep_(std::move(keep)) {}
+  ~CopyHandle() {
+    // Whoever drops an unfinished handle drops the memory next: stop first.
+    const py::gil_scoped_release release;
+    job_->cancel();
+  }
+  CopyHandle(const CopyHandle&) = delete;
+  CopyHandle& operator=(const CopyHandle&) = delete;
+
+  std::size_t wait() { return job_->wait(); }
+  bool wait_for(double timeout_s) {
+    if (!(timeout_s >= 0 && timeout_s <= 1e9)) {
+      throw std::invalid_argument("timeout_s must be 0 to 1e9");
+    }
+    return job_->wait_for(std::chrono::nanoseconds(static_cast<std::int64_t>(timeout_s * 1e9)));
+  }
+  void cancel() { job_->cancel(); }
+  bool done() const { return job_->done(); }
+  bool cancelled() const { return job_->cancelled(); }
+  std::size_t size_bytes() const { return job_->size_bytes(); }
+  std::size_t copied_bytes() const { return job_->copied_bytes(); }
+
+ private:
+  std::shared_ptr<CopyJob> job_;
+  py::object keep_;
+};
+
+class DeviceHandle {
+ public:
+  DeviceHandle(std::shared_ptr<DeviceJob> job, py::object keep)
+      : job_(std::move(job)), keep_(std::move(keep)) {}
+  ~DeviceHandle() {
+    const py::gil_scoped_release release;
+    job_.reset();
+  }
+  DeviceHandle(const DeviceHandle&) = delete;
+  DeviceHandle& operator=(const DeviceHandle&) = delete;
+
+  bool done() const { return job_->done(); }
+  std::size_t wait() { return job_->wait(); }
+  std::size_t size_bytes() const { return job_->size_bytes(); }
+
+ private:
+  std::shared_ptr<DeviceJob> job_;
+  py::object keep_;
+};
+
+void check_device_planes(std::uint64_t source, std::uint64_t target, std::size_t item_bytes,
+                         std::size_t count) {
+  if (item_bytes != 2 && item_bytes != 4 && item_bytes != 8) {
+    throw py::value_error("item_bytes must be 2, 4 or 8, not " + std::to_string(item_bytes));
+  }
+  if (count > std::numeric_limits<std::size_t>::max() / item_bytes) {
+    throw py::value_error("count is too large");
+  }
+  const std::size_t size = item_bytes * count;
+  if (count != 0 && (source == 0 || target == 0 || source + size < source ||
+                     target + size < target)) {
+    throw py::value_error("source or target is null or wraps around");
+  }
+  if (source < target + size && target < source + size) {
+    throw py::value_error("source and target overlap");
+  }
+}
+
+void bind_copy(py::module_& module) {
+  py::register_exception<CopyCancelled>(module, "CopyCancelledError", PyExc_RuntimeError);
+  py::class_<CopyHandle>(module, "CopyHandle")
+      .def("wait", &CopyHandle::wait, py::call_guard<py::gil_scoped_release>())
+      .def("wait_for", &CopyHandle::wait_for, py::arg("timeout_s"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("cancel", &CopyHandle::cancel, py::call_guard<py::gil_scoped_release>())
+      .def("done", &CopyHandle::done)
+      .def("cancelled", &CopyHandle::cancelled)
+      .def_property_readonly("size_bytes", &CopyHandle::size_bytes)
+      .def_property_readonly("copied_bytes", &CopyHandle::copied_bytes);
+  py::class_<CopyEngine>(module, "CopyEngine")
+      .def(py::init<int, bool>(), py::arg("threads"), py::kw_only(),
+           py::arg("low_priority") = false)
+      .def(
+          "submit",
+          [](CopyEngine& engine, const std::vector<CopyTuple>& copies, py::object keep) {
+            return std::make_unique<CopyHandle>(engine.submit(to_copies(copies)), std::move(keep));
+          },
+          py::arg("copies"), py::kw_only(), py::arg("keep") = py::none())
+      .def(
+          "copy",
+          [](CopyEngine& engine, const std::vector<CopyTuple>& tuples) {
+            const std::vector<Copy> copies = to_copies(tuples);
+            const py::gil_scoped_release release;
+            return engine.submit(copies)->wait();
+          },
+          py::arg("copies"))
+      .def_property_readonly("threads", &CopyEngine::threads)
+      .def_property_readonly("low_priority", &CopyEngine::low_priority);
+}
+
+void bind_arena(py::module_& module) {
+  py::class_<Arena>(module, "Arena", py::buffer_protocol())
+      .def_static("create", &Arena::create, py::arg("size_bytes"), py::kw_only(),
+                  py::arg("name") = "spotspeed-arena")
+      .def_static("attach", &Arena::attach, py::arg("fd"))
+      .def("prefault", &Arena::prefault, py::arg("offset"), py::arg("size_bytes"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly(
+          "address", [](const Arena& arena) { return reinterpret_cast<std::uintptr_t>(arena.data()); })
+      .def_property_readonly("size_bytes", &Arena::size)
+      .def_property_readonly("fd", &Arena::fd)
+      .def_property_readonly("huge_pages", &Arena::huge_pages)
+      .def("__len__", &Arena::size)
+      .def_buffer([](Arena& arena) {
+        return py::buffer_info(reinterpret_cast<std::uint8_t*>(arena.data()),
+                               static_cast<py::ssize_t>(arena.size()));
+      });
+}
+
+void bind_planes(py::module_& module) {
+  module.def("split_planes", &transform_planes<split_planes>, py::arg("source"),
+             py::arg("target"), py::arg("item_bytes"));
+  module.def("join_planes", &transform_planes<join_planes>, py::arg("source"), py::arg("target"),
+             py::arg("item_bytes"));
+  module.def("split_planes_scalar", &transform_planes<split_planes_scalar>, py::arg("source"),
+             py::arg("target"), py::arg("item_bytes"));
+  module.def("join_planes_scalar", &transform_planes<join_planes_scalar>, py::arg("source"),
+             py::arg("target"), py::arg("item_bytes"));
+  module.def("has_avx2", &has_avx2);
+}
+
+void bind_pack(py::module_& module) {
+  module.def(
+      "pack_host",
+      [](const std::vector<PackTuple>& tuples, const py::object& target) {
+        const std::vector<PackItem> items = to_items(tuples);
+        const View to(target, "target", true);
+        const py::gil_scoped_release release;
+        pack_host(items, to.data(), to.size());
+      },
+      py::arg("items"), py::arg("target"));
+  module.def(
+      "pack_device",
+      [](const std::vector<PackTuple>& tuples, std::uint64_t target, std::size_t target_bytes,
+         std::uintptr_t stream) {
+        const std::vector<PackItem> items = to_items(tuples);
+        if (target == 0 || target + target_bytes < target) {
+          throw py::value_error("target is null or wraps around");
+        }
+        const py::gil_scoped_release release;
+        pack_device(items, target, target_bytes, stream);
+      },
+      py::arg("items"), py::arg("target"), py::arg("target_bytes"), py::kw_only(),
+      py::arg("stream") = 0);
+}
+
+template <void (*Function)(std::uint64_t, std::uint64_t, std::size_t, std::size_t, std::uintptr_t)>
+void device_planes(std::uint64_t source, std::uint64_t target, std::size_t item_bytes,
+                   std::size_t count, std::uintptr_t stream) {
+  check_device_planes(source, target, item_bytes, count);
+  const py::gil_scoped_release release;
+  Function(source, target, item_bytes, count, stream);
+}
+
+void bind_device(py::module_& module) {
+  py::register_exception<DeviceError>(module, "DeviceError", PyExc_RuntimeError);
+  module.def("cuda_built", &cuda_built);
+  module.def("cuda_device_count", &cuda_device_count, py::call_guard<py::gil_scoped_release>());
+  py::class_<RegisteredMemory>(module, "RegisteredMemory")
+      .def(py::init([](std::uintptr_t address, std::size_t size) {
+             if (address == 0 || size == 0 || address + size < address) {
+               throw py::value_error("memory to register is null, empty or wraps around");
+             }
+             const py::gil_scoped_release release;
+             return std::make_unique<RegisteredMemory>(reinterpret_cast<std::byte*>(address), size);
+           }),
+           py::arg("address"), py::arg("size_bytes"));
+  py::class_<DeviceHandle>(module, "DeviceHandle")
+      .def("wait", &DeviceHandle::wait, py::call_guard<py::gil_scoped_release>())
+      .def("done", &DeviceHandle::done)
+      .def_property_readonly("size_bytes", &DeviceHandle::size_bytes);
+  py::class_<DeviceCopyEngine>(module, "DeviceCopyEngine")
+      .def(py::init<int, int>(), py::arg("device"), py::kw_only(), py::arg("streams") = 2)
+      .def(
+          "submit",
+          [](DeviceCopyEngine& engine, const std::vector<CopyTuple>& tuples,
+             std::uintptr_t after_stream, py::object keep) {
+            const std::vector<Copy> copies = to_copies(tuples);
+            std::shared_ptr<DeviceJob> job;
+            {
+              const py::gil_scoped_release release;
+              job = engine.submit(copies, after_stream);
+            }
+            return std::make_unique<DeviceHandle>(std::move(job), std::move(keep));
+          },
+          py::arg("copies"), py::kw_only(), py::arg("after_stream") = 0,
+          py::arg("keep") = py::none());
+  module.def("split_planes_device", &device_planes<split_planes_device>, py::arg("source"),
+             py::arg("target"), py::arg("item_bytes"), py::arg("count"), py::kw_only(),
+             py::arg("stream") = 0);
+  module.def("join_planes_device", &device_planes<join_planes_device>, py::arg("source"),
+             py::arg("target"), py::arg("item_bytes"), py::arg("count"), py::kw_only(),
+             py::arg("stream") = 0);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Native parts of spotspeed: host copies, shared arenas, byte planes, CUDA copies.";
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const std::system_error& failure) {
+      // OSError(errno, message) becomes the subclass that the errno calls for.
+      errno = failure.code().value();
+      const py::object arguments =
+          py::make_tuple(failure.code().value(), std::string(failure.what()));
+      PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    }
+  });
+  bind_copy(module);
+  bind_arena(module);
+  bind_planes(module);
+  bind_pack(module);
+  bind_device(module);
+}
