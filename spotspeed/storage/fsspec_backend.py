@@ -175,8 +175,6 @@ class FsspecStorage:
         with self._failing("read", key):
             try:
                 return bytes(self._fs.cat_file(path, start=start, end=stop))
-            except (IsADirectoryError, NotADirectoryError):
-                raise FileNotFoundError(path) from None
             except Exception as error:
                 if is_range_failure(error):
                     return b""

@@ -61,9 +61,13 @@ def remote_error(operation: str, place: str, error: Exception) -> SpotSpeedError
         return error
     if is_transient(error):
         return TransientStorageError(f"{operation} {place} failed for now: {_describe(error)}")
-    if isinstance(error, (FileNotFoundError, PermissionError)):
-        text = str(storage_error(operation, place, error))
-        return type(storage_error(operation, place, error))(f"{text} ({_describe(error)})")
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+        return storage_error(operation, place, FileNotFoundError())
+    if isinstance(error, PermissionError):
+        return StorageError(
+            f"{operation} {place} failed: {_describe(error)}; check the credentials of this "
+            f"process and what they may do there"
+        )
     return StorageError(f"{operation} {place} failed: {_describe(error)}")
 
 
