@@ -1,7 +1,7 @@
 """The contract by which ranks exchange small control messages, whatever carries them.
 
-One thread owns a transport: it blocks in `select.poll()` on `fileno()` and on whatever else it waits
-for, and calls `handle()` when that descriptor is readable or `wait_s()` seconds have passed:
+One thread owns a transport: it blocks in `select.poll()` on `fileno()` and on whatever else it
+waits for, and calls `handle()` when that descriptor is readable or `wait_s()` seconds have passed:
 
     poller.register(transport.fileno(), select.POLLIN)
     while running:

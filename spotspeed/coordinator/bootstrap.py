@@ -1,0 +1,58 @@
+"""Connects the ranks of a job: from torch.distributed's rank numbers to a transport that is up."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from spotspeed.coordinator.address import endpoint_of, open_listener
+from spotspeed.coordinator.local import LocalTransport
+from spotspeed.coordinator.rendezvous import Rendezvous, find_rendezvous
+from spotspeed.coordinator.sockets import SocketTransport
+from spotspeed.coordinator.transport import Transport
+
+_logger = logging.getLogger("spotspeed")
+
+
+def bootstrap(
+    *,
+    rank: int,
+    world_size: int,
+    peer_timeout_s: float = 15.0,
+    timeout_s: float = 120.0,
+    rendezvous: Rendezvous | None = None,
+) -> Transport:
+    """A transport among all ranks, each connected with rank 0; every rank calls it, in step.
+
+    `rank` and `world_size` are torch.distributed's. `rendezvous` None takes MPI where the job runs
+    under it, else the default process group's store; the choice is logged. Hand the transport to
+    its thread soon: a rank that does not call `handle` for `peer_timeout_s` is lost to the others.
+    Raises CoordinationError when a rank does not come within `timeout_s` (of each of two phases),
+    PeerLostError when one is gone.
+    """
+    if world_size == 1:
+        _logger.info("coordinator: one rank, no transport")
+        return LocalTransport()
+    master_host = os.environ.get("MASTER_ADDR")
+    listener = open_listener(master_host=master_host)
+    try:
+        own = endpoint_of(rank, listener, master_host=master_host)
+        meeting = rendezvous or find_rendezvous(world_size)
+        known = meeting.meet(own, world_size=world_size, timeout_s=timeout_s)
+    except BaseException:
+        listener.close()
+        raise
+    transport = SocketTransport(
+        rank=rank, secret=known.secret, listener=listener, endpoints=known.endpoints,
+        peer_timeout_s=peer_timeout_s,
+    )  # fmt: skip
+    try:
+        transport.establish(timeout_s)
+    except BaseException:
+        transport.close()
+        raise
+    _logger.info(
+        "coordinator: rank %d of %d, sockets at %s port %d, found through %s",
+        rank, world_size, ", ".join(own.hosts), own.port, meeting.name,
+    )  # fmt: skip
+    return transport
