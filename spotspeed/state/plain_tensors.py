@@ -1,0 +1,145 @@
+"""Torch's values as plain data, and back: tensors, sizes, dtypes, devices, generators' states."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from spotspeed.core.layout import ITEM_BYTES
+from spotspeed.core.plain import ArrayData, Tagged
+from spotspeed.core.plain_codes import MAX_DEPTH
+from spotspeed.errors import CaptureError, FormatError
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: dtype
+    for name in ITEM_BYTES
+    if isinstance(dtype := getattr(torch, name, None), torch.dtype)
+}
+"""Torch's dtype for every dtype name of the format that this torch has."""
+
+_CONTAINERS = frozenset({list, tuple, dict, set, frozenset, OrderedDict, Counter})
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype, *, what: str) -> str:
+    """The format's name of `dtype`; raises CaptureError naming `what` when it has none."""
+    name = _NAMES.get(dtype)
+    if name is None:
+        raise CaptureError(f"{what}: tensors of {dtype} cannot be stored")
+    return name
+
+
+def to_plain(value: Any) -> Any:
+    """`value` with everything of torch replaced by what `core.plain` can store.
+
+    Tensors are copied to host memory: their device, gradient and memory layout are not kept.
+    Everything else passes through, so `core.plain.encode` names what cannot be stored.
+    """
+    return _convert(value, _lower, frozenset())
+
+
+def from_plain(value: Any) -> Any:
+    """The inverse of `to_plain`; tensors are on the CPU and own their memory.
+
+    Raises FormatError for a tag or dtype that this version does not know.
+    """
+    return _convert(value, _raise_up, frozenset())
+
+
+def _convert(value: Any, leaf: Callable[[Any], Any], open_ids: frozenset[int]) -> Any:
+    kind = type(value)
+    if kind not in _CONTAINERS:
+        return leaf(value)
+    if id(value) in open_ids or len(open_ids) > MAX_DEPTH:
+        return value  # `encode` refuses cycles and excessive depth, and names them.
+    inside = open_ids | {id(value)}
+    if kind is Counter:
+        return Counter({_convert(key, leaf, inside): count for key, count in value.items()})
+    if kind is dict or kind is OrderedDict:
+        return kind((_convert(key, leaf, inside), _convert(item, leaf, inside))
+                    for key, item in value.items())  # fmt: skip
+    return kind([_convert(item, leaf, inside) for item in value])
+
+
+def _lower(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _lower_tensor(value)
+    if isinstance(value, torch.Size):
+        return Tagged("torch.Size", tuple(value))
+    if isinstance(value, torch.dtype):
+        return Tagged("torch.dtype", str(value).removeprefix("torch."))
+    if isinstance(value, torch.device):
+        return Tagged("torch.device", str(value))
+    return value
+
+
+def _lower_tensor(value: torch.Tensor) -> Any:
+    if type(value) is torch.nn.Parameter:
+        return Tagged("torch.nn.Parameter", (value.requires_grad, _lower_tensor(value.data)))
+    if type(value) is not torch.Tensor:
+        raise CaptureError(f"a tensor of type {type(value).__qualname__} cannot be stored")
+    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+        raise CaptureError(f"a tensor of layout {value.layout} on {value.device} has no plain form")
+    name = dtype_name(value.dtype, what="plain data")
+    host = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    data = host.reshape(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
+    return ArrayData(name, tuple(value.shape), data)
+
+
+def _raise_up(value: Any) -> Any:
+    if isinstance(value, ArrayData):
+        return _tensor(value)
+    if isinstance(value, Tagged):
+        build = _TAGS.get(value.tag)
+        if build is None:
+            raise FormatError(f"plain data has the tag {value.tag!r}, which is unknown here")
+        try:
+            return build(value.value)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise FormatError(f"plain data: {value.tag}: {error}") from None
+    return value
+
+
+def _tensor(value: ArrayData) -> torch.Tensor:
+    dtype = TORCH_DTYPES.get(value.dtype)
+    if dtype is None:
+        raise FormatError(f"a tensor of {value.dtype}, which torch {torch.__version__} lacks")
+    if not value.data:
+        return torch.empty(value.shape, dtype=dtype)
+    flat = torch.frombuffer(bytearray(value.data), dtype=torch.uint8)
+    return flat.view(dtype).reshape(value.shape)
+
+
+def _parameter(value: Any) -> torch.nn.Parameter:
+    requires_grad, data = value
+    if not isinstance(data, ArrayData) or not isinstance(requires_grad, bool):
+        raise ValueError("needs requires_grad and a tensor")
+    return torch.nn.Parameter(_tensor(data), requires_grad=requires_grad)
+
+
+def _dtype(value: Any) -> torch.dtype:
+    found = getattr(torch, value) if isinstance(value, str) else None
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{value!r} is not a dtype")
+    return found
+
+
+def _size(value: Any) -> torch.Size:
+    if not isinstance(value, tuple) or not all(type(item) is int for item in value):
+        raise ValueError(f"{value!r} is not a size")
+    return torch.Size(value)
+
+
+def _device(value: Any) -> torch.device:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a device")
+    return torch.device(value)
+
+
+_TAGS: dict[str, Callable[[Any], Any]] = {
+    "torch.nn.Parameter": _parameter, "torch.Size": _size, "torch.dtype": _dtype,
+    "torch.device": _device,
+}  # fmt: skip
