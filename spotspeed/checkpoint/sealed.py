@@ -14,6 +14,7 @@ from spotspeed.core.index import MAX_INDEX_BYTES, ShardIndex, parse_index
 from spotspeed.core.manifest import (
     MANIFEST_FILE,
     MAX_DOCUMENT_BYTES,
+    MAX_RECEIPT_BYTES,
     Manifest,
     Receipt,
     decode_manifest,
@@ -79,7 +80,7 @@ def open_receipt(storage: Storage, manifest: Manifest, rank: int) -> Receipt:
     record = manifest.receipts[rank]
     source = place(storage, record.path)
     with listed(storage, record.path):
-        data = storage.get(record.path, MAX_DOCUMENT_BYTES)
+        data = storage.get(record.path, MAX_RECEIPT_BYTES)
     actual = hashlib.sha256(data).hexdigest()
     if len(data) != record.size_bytes or actual != record.sha256:
         raise ChecksumMismatchError(key=source, expected=record.sha256, actual=actual)

@@ -12,19 +12,27 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
-from spotspeed.errors import FormatError
+from spotspeed.errors import ChecksumMismatchError, FormatError
 
 FORMAT_NAME = "spotspeed"
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
 MAX_WORLD_SIZE = 65_536
 MAX_STEP = 2**53
-MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+MAX_DOCUMENT_BYTES = 32 * 1024 * 1024
+"""Most bytes of a manifest that are read: twice what MAX_WORLD_SIZE ranks need."""
+MAX_RECEIPT_BYTES = 64 * 1024
+MAX_ATTEMPT_CHARS = 64
 MANIFEST_FILE = "manifest.json"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
+_HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_DEPTH = 4
+_MAX_CONTAINERS = MAX_WORLD_SIZE + 64
+_MAX_DIGITS = 20
+_MAX_FILE_BYTES = 2**62
 REASONS = ("periodic", "notice", "explicit", "final")
 
 
@@ -62,6 +70,8 @@ class Ticket:
         _check_int("world_size", self.world_size, 1, MAX_WORLD_SIZE)
         _check_int("created_unix_s", self.created_unix_s, 0, MAX_STEP)
         check_name("attempt", self.attempt)
+        if len(self.attempt) > MAX_ATTEMPT_CHARS:
+            raise FormatError(f"attempt {self.attempt!r}: at most {MAX_ATTEMPT_CHARS} characters")
         check_name("tag", self.tag)
         if self.reason not in REASONS:
             raise FormatError(f"reason {self.reason!r} is none of {', '.join(REASONS)}")
@@ -101,6 +111,13 @@ class ShardRecord:
     index_sha256: str
     raw_bytes: int
 
+    def __post_init__(self) -> None:
+        for name in ("size_bytes", "index_offset", "index_bytes", "raw_bytes"):
+            _check_int(name, getattr(self, name), 0, _MAX_FILE_BYTES)
+        _check_sha256("index_sha256", self.index_sha256)
+        if self.index_offset + self.index_bytes > self.size_bytes:
+            raise FormatError(f"{self.path}: the index lies outside the shard")
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
@@ -120,6 +137,10 @@ class ReceiptRecord:
     size_bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        _check_int("size_bytes", self.size_bytes, 1, MAX_RECEIPT_BYTES)
+        _check_sha256("sha256", self.sha256)
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -129,11 +150,13 @@ class Manifest:
     receipts: tuple[ReceiptRecord, ...]
     data_bytes: int
     minor: int = FORMAT_MINOR
+    sealed_sha256: str | None = field(default=None, compare=False, repr=False)
+    """The seal that was read: a newer minor version may have sealed more than is known here."""
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the sealed body; identifies the checkpoint and every byte of it."""
-        return hashlib.sha256(_manifest_body(self)).hexdigest()
+        return self.sealed_sha256 or hashlib.sha256(_manifest_body(self)).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:
@@ -151,7 +174,8 @@ def encode_receipt(receipt: Receipt) -> bytes:
 
 def decode_receipt(data: bytes, *, source: str) -> Receipt:
     """Parse a stored receipt; raises FormatError naming `source` when anything is off."""
-    body = _unseal(data, source, "receipt")
+    body, _ = _unseal(data, source, "receipt", limit_bytes=MAX_RECEIPT_BYTES)
+    _check_keys(body, {"ticket", "rank", "shard"}, source)
     ticket = _ticket(body.get("ticket"), source)
     rank = _field(body, "rank", int, source)
     if not 0 <= rank < ticket.world_size:
@@ -160,11 +184,6 @@ def decode_receipt(data: bytes, *, source: str) -> Receipt:
     if shard.path != ticket.shard_path(rank):
         raise FormatError(f"{source}: shard path {shard.path!r}, expected "
                           f"{ticket.shard_path(rank)!r}")  # fmt: skip
-    numbers = (shard.size_bytes, shard.index_offset, shard.index_bytes, shard.raw_bytes)
-    if min(numbers) < 0 or max(numbers) > 2**62:
-        raise FormatError(f"{source}: shard sizes out of range: {numbers}")
-    if shard.index_offset + shard.index_bytes > shard.size_bytes:
-        raise FormatError(f"{source}: the index lies outside the shard")
     return Receipt(ticket, rank, shard)
 
 
@@ -197,7 +216,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 def decode_manifest(data: bytes, *, source: str) -> Manifest:
     """Parse and verify a stored manifest; raises FormatError or ChecksumMismatchError."""
-    body = _unseal(data, source, "manifest")
+    body, sealed = _unseal(data, source, "manifest", limit_bytes=MAX_DOCUMENT_BYTES)
+    _check_keys(body, {"ticket", "receipts", "data_bytes"}, source)
     ticket = _ticket(body.get("ticket"), source)
     raw = body.get("receipts")
     if not isinstance(raw, list) or len(raw) != ticket.world_size:
@@ -206,8 +226,10 @@ def decode_manifest(data: bytes, *, source: str) -> Manifest:
     for rank, record in enumerate(records):
         if (record.rank, record.path) != (rank, ticket.receipt_path(rank)):
             raise FormatError(f"{source}: receipt {rank} is {record.path!r} of rank {record.rank}")
-    return Manifest(ticket, records, _field(body, "data_bytes", int, source),
-                    _field(body, "minor", int, source))  # fmt: skip
+    data_bytes = _field(body, "data_bytes", int, source)
+    if not 0 <= data_bytes <= _MAX_FILE_BYTES:
+        raise FormatError(f"{source}: data_bytes is {data_bytes}")
+    return Manifest(ticket, records, data_bytes, body["minor"], sealed)
 
 
 def _manifest_body(manifest: Manifest) -> bytes:
@@ -219,38 +241,100 @@ def _manifest_body(manifest: Manifest) -> bytes:
     })  # fmt: skip
 
 
+_SEAL_START = b'{"body":'
+_SEAL_MIDDLE = b',"sha256":"'
+_SEAL_STOP = b'"}\n'
+
+
 def _seal(body: dict[str, Any]) -> bytes:
-    digest = hashlib.sha256(canonical_json(body)).hexdigest()
-    return canonical_json({"body": body, "sha256": digest}) + b"\n"
+    data = canonical_json(body)
+    digest = hashlib.sha256(data).hexdigest().encode("ascii")
+    return _SEAL_START + data + _SEAL_MIDDLE + digest + _SEAL_STOP
 
 
-def _unseal(data: bytes, source: str, document: str) -> dict[str, Any]:
-    from spotspeed.errors import ChecksumMismatchError
-
-    if len(data) > MAX_DOCUMENT_BYTES:
-        raise FormatError(f"{source}: {len(data)} bytes, at most {MAX_DOCUMENT_BYTES} are read")
-    try:
-        envelope = json.loads(data.decode("ascii"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise FormatError(f"{source}: not a {document}: {type(error).__name__}") from error
-    if not isinstance(envelope, dict) or not isinstance(envelope.get("body"), dict):
-        raise FormatError(f"{source}: not a {document}: no body")
-    body: dict[str, Any] = envelope["body"]
-    actual = hashlib.sha256(canonical_json(body)).hexdigest()
-    if envelope.get("sha256") != actual:
-        raise ChecksumMismatchError(
-            key=source, expected=str(envelope.get("sha256"))[:64], actual=actual
-        )
-    if data != canonical_json(envelope) + b"\n":
-        raise FormatError(f"{source}: not in canonical form")
+def _unseal(
+    data: bytes, source: str, document: str, *, limit_bytes: int
+) -> tuple[dict[str, Any], str]:
+    """The body of a sealed document and its digest; the digest is checked before the parsing."""
+    if len(data) > limit_bytes:
+        raise FormatError(f"{source}: {len(data)} bytes, at most {limit_bytes} are read")
+    stop = len(data) - len(_SEAL_STOP)
+    middle = stop - 64 - len(_SEAL_MIDDLE)
+    if not (
+        middle > len(_SEAL_START)
+        and data.startswith(_SEAL_START)
+        and data[middle:].startswith(_SEAL_MIDDLE)
+        and data.endswith(_SEAL_STOP)
+        and _HEX_SHA256.fullmatch(expected := data[stop - 64 : stop].decode("latin-1"))
+    ):
+        raise FormatError(f"{source}: not a sealed {document}; cut short or damaged")
+    content = data[len(_SEAL_START) : middle]
+    actual = hashlib.sha256(content).hexdigest()
+    if expected != actual:
+        raise ChecksumMismatchError(key=source, expected=expected, actual=actual)
+    body = _parse(content, source)
     if body.get("format") != FORMAT_NAME or body.get("document") != document:
         raise FormatError(f"{source}: not a {FORMAT_NAME} {document}")
-    if body.get("major") != FORMAT_MAJOR:
+    _check_version(body, source)
+    return body, actual
+
+
+def _parse(content: bytes, source: str) -> dict[str, Any]:
+    """Canonical JSON of dicts, lists, text, None and integers; FormatError for anything else.
+
+    How many values there can be is counted first, so that hostile input costs bounded memory.
+    """
+    if content.count(b"{") + content.count(b"[") > _MAX_CONTAINERS or (
+        content.count(b",") > 8 * _MAX_CONTAINERS
+    ):
+        raise FormatError(f"{source}: holds more values than any document of this format")
+    try:
+        body = json.loads(
+            content.decode("ascii"), parse_int=_integer, parse_float=_refuse, parse_constant=_refuse
+        )
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{source}: does not parse: {type(error).__name__}") from error
+    level = [body]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for value in level
+            if isinstance(value, (dict, list))
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+    if any(isinstance(value, (dict, list)) for value in level):
+        raise FormatError(f"{source}: nested more than {_MAX_DEPTH} levels deep")
+    if not isinstance(body, dict) or canonical_json(body) != content:
+        raise FormatError(f"{source}: not in canonical form")
+    return body
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not an integer")
+
+
+def _check_version(body: Mapping[str, Any], source: str) -> None:
+    if _field(body, "major", int, source) != FORMAT_MAJOR:
         raise FormatError(
-            f"{source}: format {body.get('major')}.{body.get('minor')}, this version reads "
+            f"{source}: format {body['major']}.{body.get('minor')!r:.80}, this version reads "
             f"{FORMAT_MAJOR}.x: install a spotspeed that knows it"
         )
-    return body
+    if not 0 <= _field(body, "minor", int, source) < 2**16:
+        raise FormatError(f"{source}: minor version {body['minor']}")
+
+
+def _check_keys(body: Mapping[str, Any], own: set[str], source: str) -> None:
+    """Unknown keys are for newer minor versions only."""
+    expected = own | {"format", "document", "major", "minor"}
+    unknown = sorted(set(body) - expected)
+    if unknown and body["minor"] <= FORMAT_MINOR:
+        raise FormatError(f"{source}: unknown key {unknown[0]!r:.80}")
 
 
 def _ticket(raw: object, source: str) -> Ticket:
@@ -261,7 +345,7 @@ def _ticket(raw: object, source: str) -> Ticket:
 def _field(body: Mapping[str, Any], key: str, kind: type, source: str) -> Any:
     value = body.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise FormatError(f"{source}: {key} is {value!r}, expected {kind.__name__}")
+        raise FormatError(f"{source}: {key} is {value!r:.80}, expected {kind.__name__}")
     return value
 
 
@@ -273,7 +357,7 @@ def _build(cls: Any, raw: object, source: str) -> Any:
         allowed = {"int": int, "str": str, "str | None": (str, type(None))}[annotation]
         value = raw[name]
         if not isinstance(value, allowed) or isinstance(value, bool):  # type: ignore[arg-type]
-            raise FormatError(f"{source}: {cls.__name__}.{name} is {value!r}: not {annotation}")
+            raise FormatError(f"{source}: {cls.__name__}.{name} is {value!r:.80}: not {annotation}")
     try:
         return cls(**raw)
     except FormatError as error:
@@ -281,5 +365,10 @@ def _build(cls: Any, raw: object, source: str) -> Any:
 
 
 def _check_int(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or not low <= value <= high:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise FormatError(f"{name} is {value!r}, expected {low} to {high}")
+
+
+def _check_sha256(name: str, value: str) -> None:
+    if not _HEX_SHA256.fullmatch(value):
+        raise FormatError(f"{name} is {value!r:.80}, expected 64 hexadecimal digits")

@@ -79,7 +79,8 @@ def make_tensors(seed: int = 0, *, scale: int = 1) -> Tensors:
     """A model in miniature: odd sizes, scalars, two dtypes, three optimizer kinds, blobs."""
     rng = np.random.default_rng(seed)
     shapes = {"embed.weight": (61 * scale, 17), "layers.0.weight": (33, 40 * scale),
-              "layers.0.bias": (33,), "layers.10.weight": (7 * scale, 11, 13), "norm.scale": (1,)}  # fmt: skip
+              "layers.0.bias": (33,), "layers.10.weight": (7 * scale, 11, 13),
+              "norm.scale": (1,)}  # fmt: skip
     tensors: Tensors = {}
     for kind in ("fp32", "exp_avg", "exp_avg_sq"):
         for name, shape in shapes.items():
