@@ -16,10 +16,10 @@ import traceback
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
-from spotspeed.errors import ConfigError, OwnedError, ReshardError
+from spotspeed.errors import ConfigError
+from spotspeed.exit import EXIT_DO_NOT_REQUEUE, NO_REQUEUE_ERRORS
 
 EXIT_USAGE = 2
-EXIT_DO_NOT_REQUEUE = 77
 _LOCAL_RANK = "--local_rank"
 _MPI_NAMES = {
     "RANK": ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"),
@@ -99,7 +99,7 @@ def main(words: Sequence[str] | None = None) -> None:
         else:
             sys.path[0] = os.path.dirname(os.path.abspath(target.name))
             runpy.run_path(target.name, run_name="__main__")
-    except (ConfigError, OwnedError, ReshardError):
+    except NO_REQUEUE_ERRORS:
         traceback.print_exc()
         sys.stderr.flush()
         raise SystemExit(EXIT_DO_NOT_REQUEUE) from None

@@ -1,0 +1,97 @@
+"""What one launch holds open while it trains: the store, its epoch, the saver, the coordinator."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from spotspeed.checkpoint.agreement import Exchange, raise_first, share, vote
+from spotspeed.checkpoint.ownership import claim_epoch, record_restored_from
+from spotspeed.checkpoint.restore import Restored
+from spotspeed.config import SpotSpeedConfig
+from spotspeed.coordinator.bootstrap import bootstrap
+from spotspeed.coordinator.coordinator import Coordinator, CutListener
+from spotspeed.errors import ConfigError, ObjectNotFoundError, SpotSpeedError, StorageError
+from spotspeed.staging.stager import Stager
+from spotspeed.storage import open_storage
+from spotspeed.storage.contract import Storage
+
+PROBE_DIRECTORY = "probe"
+
+
+@dataclass(slots=True)
+class Session:
+    """One launch of the job at its path."""
+
+    storage: Storage
+    coordinator: Coordinator
+    stager: Stager
+    epoch: int
+    rank: int
+
+    def record_restored(self, restored: Restored | None) -> None:
+        """Write down where this epoch's lineage begins; rank 0 does it for all."""
+        directory = restored.directory if restored else None
+        share(self.coordinator.exchange, "lineage", self.rank,
+              lambda: _done(record_restored_from(self.storage, self.epoch, directory)))  # fmt: skip
+
+
+def open_session(
+    config: SpotSpeedConfig, rank: int, world_size: int, *, listener: CutListener
+) -> Session:
+    """Connect the ranks, check that `path` is one place, and claim it for this launch.
+
+    The same on every rank, or an error on every rank: ConfigError when the path is not the same
+    place for all ranks, OwnedError when another living job has it.
+    """
+    transport = bootstrap(rank=rank, world_size=world_size,
+                          peer_timeout_s=config.coordinator.peer_timeout_s)  # fmt: skip
+    coordinator = Coordinator(transport, config, listener)
+    try:
+        storage = open_storage(absolute(config.path))
+        probe_one_place(storage, coordinator.exchange, rank)
+        epoch = share(coordinator.exchange, "epoch", rank,
+                      lambda: {"epoch": claim_epoch(storage, take_over=config.take_over).epoch})
+        stager = Stager(absolute(config.path), config, rank)
+    except BaseException:
+        coordinator.close(0.0)
+        raise
+    return Session(storage, coordinator, stager, int(epoch["epoch"]), rank)
+
+
+def absolute(path: str) -> str:
+    """`path` as a URL or an absolute directory; "~" is the home directory."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def probe_one_place(storage: Storage, exchange: Exchange, rank: int) -> None:
+    """Check that what rank 0 writes below the path is what every other rank reads there."""
+    token = secrets.token_hex(16)
+
+    def write() -> dict[str, Any]:
+        storage.put(f"{PROBE_DIRECTORY}/{token}", token.encode())
+        return {"token": token}
+
+    token = share(exchange, "path-probe", rank, write)["token"]
+    objection: SpotSpeedError | None = None
+    try:
+        found = storage.get(f"{PROBE_DIRECTORY}/{token}", 64)
+        if found != token.encode():
+            objection = ConfigError(f"{storage.url}: holds another job's probe")
+    except ObjectNotFoundError:
+        objection = ConfigError(
+            f"{storage.url} is not the directory that rank 0 sees: `path` must be shared by all "
+            f"ranks (a network file system or an object store); use `local_path` for a node's disk"
+        )
+    except StorageError as error:
+        objection = error
+    verdicts = vote(exchange, "path-vote", objection)
+    if rank == 0:
+        storage.delete(f"{PROBE_DIRECTORY}/{token}")
+    raise_first(verdicts)
+
+
+def _done(_: None) -> dict[str, Any]:
+    return {}

@@ -1,0 +1,308 @@
+"""The one object users hold: attach to an engine, restore, save, leave when the machine does."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from spotspeed import events
+from spotspeed.checkpoint.agreement import share_all
+from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
+from spotspeed.checkpoint.restore import Restored, Seat, restore_agreed
+from spotspeed.checkpoint.save import begin_save
+from spotspeed.checkpoint.session import Session, open_session
+from spotspeed.config import SpotSpeedConfig
+from spotspeed.coordinator.coordinator import Cut, GateVerdict
+from spotspeed.core.manifest import Ticket
+from spotspeed.errors import ConfigError, SpotSpeedError
+from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch
+from spotspeed.state import boundary, loader_guard
+from spotspeed.state.engine import rank_of, require_block, world_size_of
+from spotspeed.state.provider import provider_for
+from spotspeed.state.small import SmallState
+
+if TYPE_CHECKING:
+    import deepspeed
+
+CLOSE_TIMEOUT_S = 1800.0
+"""Longest time that close() waits for the other ranks and for the last bytes."""
+STALL_REPORT_S = 1.0
+"""A step that is held for longer than this is reported."""
+
+
+class Checkpointer:
+    """Checkpoints one engine: periodic saves, saves on notice, restore on any number of ranks.
+
+    Made by `attach`. All public methods belong to the main thread.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: SpotSpeedConfig) -> None:
+        self.engine, self.config = engine, config
+        self.rank, self.world_size = rank_of(engine), world_size_of(engine)
+        self._provider = provider_for(engine)
+        self._small = SmallState(engine, self._provider.group_names)
+        self._lock = threading.Lock()
+        self._handles: dict[tuple[int, str], SaveHandle] = {}
+        self._restored: Restored | None = None
+        self._outcome: tuple[Cut, str | None, str] | None = None
+        self._is_started = self._is_closed = False
+        self._save_began = time.monotonic()
+        self._session: Session = open_session(config, self.rank, self.world_size, listener=self)
+        self._saves = SaveQueue(self._begin)
+        self._exit = ExitWatch(self._close_at_exit)
+        boundary.bind(engine, self)
+        events.emit(events.Attached(self._session.storage.url, self._session.epoch, self.rank,
+                                    self.world_size, self._provider.name))  # fmt: skip
+
+    # What users call.
+
+    def restore(self, tag: str | None = None) -> Restored | None:
+        """Fill the engine from the newest durable checkpoint, whatever number of ranks wrote it.
+
+        Returns None on a fresh start. Every rank returns the same or raises the same: an older
+        checkpoint is taken when the newest does not verify on some rank (CorruptionError when
+        none does); ReshardError when it is of another model.
+        """
+        if self._is_started:
+            raise ConfigError("restore() must come before the first step")
+        seat = Seat(self.rank, self.world_size, self._session.coordinator.exchange,
+                    self._provider, self._small)  # fmt: skip
+        self._restored = restore_agreed(self._session.storage, seat, tag=tag)
+        self._session.record_restored(self._restored)
+        if self._restored is not None:
+            loader_guard.hold()
+        self._start()
+        return self._restored
+
+    def save(self, tag: str | None = None) -> SaveHandle:
+        """Save the last completed step; call it on every rank. Returns before bytes are copied."""
+        self._start()
+        step = int(self.engine.global_steps)
+        return self._submit(step, f"x{tag or step}", tag or f"step-{step}", "explicit")
+
+    def request_save(self) -> None:
+        """Ask all ranks to save the same step, soon; from any rank and any thread."""
+        self._save_began = time.monotonic()
+        self._session.coordinator.request_snapshot()
+
+    def close(self) -> None:
+        """Save what is newer than the last save, wait until all is durable, and detach.
+
+        Call it on every rank; a process that ends without an error calls it by itself. Raises
+        what went wrong: StorageError when the last state could not be made durable.
+        """
+        if self._is_closed:
+            return
+        try:
+            self._start()
+            step = int(self.engine.global_steps)
+            if not self._has_everywhere(step):
+                self._submit(step, "final", f"step-{step}", "final")
+            for handle in self._saves.unfinished():
+                handle.wait(CLOSE_TIMEOUT_S)
+            self._session.coordinator.close(CLOSE_TIMEOUT_S)
+        finally:
+            self._detach()
+
+    # Hooks of the engine, on the main thread.
+
+    def before_forward(self, engine: Any) -> None:
+        """The first step after attach or restore begins."""
+        self._start()
+        loader_guard.release()
+
+    def before_update(self, engine: Any) -> None:
+        """The next update begins only when nothing of the last step is still to be copied."""
+        self._start()
+        self._wait_until_staged()
+        if self._session.coordinator.gate(int(engine.global_steps) + 1) is GateVerdict.LEAVE:
+            self._leave_at_gate()
+
+    def after_update(self, engine: Any) -> None:
+        """A step is complete: keep what the next forward changes, and save if it is time."""
+        step = int(engine.global_steps)
+        self._small.record()
+        if self._is_on_grid(step):
+            self._submit(step, "p", f"step-{step}", "periodic")
+        elif self.rank == 0 and self._is_time():
+            self.request_save()
+        self._session.coordinator.completed(step)
+
+    def on_destroy(self, engine: Any) -> None:
+        """The engine goes away: nothing may be read from it any more."""
+        self.close()
+
+    # What the coordinator calls, on its control thread.
+
+    def on_notice(self, source: str, seconds_left: float) -> None:
+        """A notice was heard on this rank."""
+        events.emit(events.Noticed(source, self.rank, seconds_left))
+
+    def on_capture(self, cut: Cut) -> None:
+        """State at `cut.step` is constant until the gate opens: save it, or join its save."""
+        coordinator = self._session.coordinator
+        if self._restored is not None and cut.step == self._restored.step:
+            coordinator.report_staged(cut.round)
+            coordinator.report_durable(cut.round, self._restored.digest)
+            return
+        if self._is_on_grid(cut.step):
+            handle = self._submit(cut.step, "p", f"step-{cut.step}", "periodic")
+        else:
+            reason = "notice" if cut.stop else "periodic"
+            handle = self._submit(cut.step, cut.attempt, f"step-{cut.step}", reason)
+
+        def staged(future: Any) -> None:
+            if future.exception() is None:
+                coordinator.report_staged(cut.round)
+
+        def durable(future: Any) -> None:
+            error = future.exception()
+            if error is None:
+                coordinator.report_durable(cut.round, future.result().digest)
+            else:
+                coordinator.report_failed(cut.round, str(error))
+
+        handle.staging_completion.add_done_callback(staged)
+        handle.upload_completion.add_done_callback(durable)
+
+    def on_outcome(self, cut: Cut, digest: str | None, why: str) -> None:
+        """All ranks know how the cut ended."""
+        if cut.stop:
+            self._outcome = (cut, digest, why)
+            self._exit.expect(self._exit_code())
+
+    def on_peer_lost(self, rank: int, why: str) -> None:
+        """A rank is gone."""
+        events.emit(events.Lost(f"rank {rank}", why))
+
+    def leave(self, why: str) -> None:
+        """End the process at once: the main thread does not get to the gate in time."""
+        self._say_goodbye(why)
+        self._exit.now(self._exit_code())
+
+    # Inside.
+
+    def _start(self) -> None:
+        if not self._is_started:
+            self._is_started = True
+            self._small.record()
+            self._session.coordinator.start(int(self.engine.global_steps))
+
+    def _is_on_grid(self, step: int) -> bool:
+        """Whether every rank saves at this step of its own accord."""
+        every, first = self.config.interval.steps, self._restored.step if self._restored else 0
+        return every is not None and step > first and step % every == 0
+
+    def _is_time(self) -> bool:
+        """Whether `interval.seconds` have passed since the last save began."""
+        seconds = self.config.interval.seconds
+        return seconds is not None and time.monotonic() - self._save_began >= seconds
+
+    def _submit(self, step: int, attempt: str, tag: str, reason: str) -> SaveHandle:
+        """The save of `step` named `attempt`: a new one, or the one that already has this name.
+
+        The name decides alone, so that all ranks join the same saves whatever happened first.
+        """
+        with self._lock:
+            known = self._handles.get((step, attempt))
+            if known is not None:
+                return known
+            self._save_began = time.monotonic()
+            restored_from = self._restored.directory if self._restored else None
+            handle = self._saves.submit(
+                Ticket(self._session.epoch, step, attempt, tag, reason, self.world_size,
+                       int(time.time()), restored_from)
+            )  # fmt: skip
+            self._handles = {
+                key: value for key, value in self._handles.items()
+                if key[0] == step or not value.upload_completion.done()
+            }  # fmt: skip
+            self._handles[step, attempt] = handle
+            return handle
+
+    def _begin(self, handle: SaveHandle) -> Any:
+        """Describe and stage one save, on the queue's thread."""
+        record = self._small.snapshot(handle.step)
+        sources = (self._provider, self._small, self._session.stager)
+        return begin_save(handle.ticket, rank=self.rank, sources=sources, record=record, extra={})
+
+    def _wait_until_staged(self) -> None:
+        """Hold the step while its state is still being copied; a failed save holds nothing."""
+        began = time.monotonic()
+        for handle in self._saves.unstaged():
+            handle.staging_completion.exception(CLOSE_TIMEOUT_S)
+        held_s = time.monotonic() - began
+        if held_s > STALL_REPORT_S:
+            events.emit(events.Stalled("staging", held_s, int(self.engine.global_steps)))
+
+    def _has_everywhere(self, step: int) -> bool:
+        """Whether some save of `step` is under way or durable on every rank."""
+        if self._restored is not None and step == self._restored.step:
+            return True
+        with self._lock:
+            mine = [attempt for (at, attempt), handle in self._handles.items()
+                    if at == step and not _has_failed(handle)]  # fmt: skip
+        known = share_all(self._session.coordinator.exchange, f"close-{step}", mine)
+        return bool(set.intersection(*map(set, known)))
+
+    def _exit_code(self) -> int:
+        is_durable = self._outcome is not None and self._outcome[1] is not None
+        return self.config.on_interrupt.exit_code if is_durable else EXIT_NOT_DURABLE
+
+    def _leave_at_gate(self) -> None:
+        code = self._exit_code()
+        for name in self.config.notice.signals:
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
+        self._say_goodbye("at the gate of the next step")
+        self._detach()
+        raise SystemExit(code)
+
+    def _say_goodbye(self, where: str) -> None:
+        if self._outcome is not None and self._outcome[1] is not None:
+            text = f"interrupted, durable at step {self._outcome[0].step}"
+        else:
+            why = self._outcome[2] if self._outcome else where
+            newest = self._session.newest_tag()
+            text = f"interrupted, nothing newer than {newest} is known durable ({why})"
+        sys.stderr.write(f"spotspeed: rank {self.rank}: {text}; leaving with {self._exit_code()}\n")
+        sys.stderr.flush()
+
+    def _close_at_exit(self, has_failed: bool) -> None:
+        """The process ends and nobody has called close()."""
+        if has_failed:
+            self._detach()
+        else:
+            self.close()
+
+    def _detach(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            boundary.unbind(self.engine)
+            loader_guard.release()
+            self._saves.close()
+            self._session.close()
+            self._exit.disarm()
+
+
+def attach(
+    engine: deepspeed.DeepSpeedEngine, config: SpotSpeedConfig | None = None
+) -> Checkpointer:
+    """Checkpoint `engine` from now on, as its config's "spotspeed" block says.
+
+    Call it on every rank right after `deepspeed.initialize`. Raises ConfigError for a block that is
+    missing or wrong, UnsupportedLayoutError for a layout that spotspeed does not know, and
+    OwnedError when another living job has the path; the same on every rank.
+    """
+    try:
+        return Checkpointer(engine, config or require_block(engine))
+    except SpotSpeedError:
+        boundary.unbind(engine)
+        raise
+
+
+def _has_failed(handle: SaveHandle) -> bool:
+    done = handle.upload_completion.done()
+    return done and handle.upload_completion.exception() is not None

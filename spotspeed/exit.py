@@ -1,0 +1,79 @@
+"""How a training process ends: exit codes, the unhandled error, and the close that nobody called.
+
+Exit codes: 0 done; 75 interrupted and durable, requeue me; 76 interrupted, and the notice's
+checkpoint was not known durable; 77 do not requeue.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+
+from spotspeed.errors import ConfigError, OwnedError, ReshardError
+
+EXIT_NOT_DURABLE = 76
+EXIT_DO_NOT_REQUEUE = 77
+EXIT_BROKEN_PROMISE = 76
+NO_REQUEUE_ERRORS = (ConfigError, OwnedError, ReshardError)
+
+
+class ExitWatch:
+    """Watches the main thread: calls `close` when it has ended without an error.
+
+    A thread that is not a daemon waits for the main thread, so that threads, sockets and futures
+    still work while it closes (they do not in `atexit` handlers). An unhandled error is printed as
+    ever; then the process leaves with the code that fits it.
+    """
+
+    def __init__(self, close: Callable[[bool], None]) -> None:
+        self._close = close
+        self._failed = False
+        self._expected: int | None = None
+        self._is_disarmed = False
+        self._previous_hook = sys.excepthook
+        sys.excepthook = self._on_unhandled
+        self._thread = threading.Thread(target=self._wait, name="spotspeed-exit", daemon=False)
+        self._thread.start()
+
+    def expect(self, code: int) -> None:
+        """The ranks are leaving: an error that this causes in the main thread ends with `code`."""
+        self._expected = code
+
+    def disarm(self) -> None:
+        """Nothing is left to close."""
+        self._is_disarmed = True
+        if sys.excepthook == self._on_unhandled:
+            sys.excepthook = self._previous_hook
+
+    def now(self, code: int) -> None:
+        """End the process without waiting for the main thread."""
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                continue
+        os._exit(code)
+
+    def _wait(self) -> None:
+        threading.main_thread().join()
+        if self._is_disarmed:
+            return
+        try:
+            self._close(self._failed)
+        except Exception:  # the last thing this process does: report it and leave with a code
+            traceback.print_exc()
+            self.now(EXIT_BROKEN_PROMISE)
+
+    def _on_unhandled(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        self._failed = True
+        self._previous_hook(kind, error, trace)
+        if self._expected is not None:
+            self.now(self._expected)
+        if issubclass(kind, NO_REQUEUE_ERRORS):
+            self.now(EXIT_DO_NOT_REQUEUE)

@@ -1,0 +1,45 @@
+"""Attach to every engine that a script builds, without a change to the script."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from spotspeed.checkpointer import attach
+from spotspeed.state import boundary
+from spotspeed.state.engine import block_of
+
+_FRAMEWORKS = ("accelerate", "lightning", "pytorch_lightning", "transformers")
+"""Packages that restore by themselves, through engine.load_checkpoint."""
+
+
+def install() -> None:
+    """From now on, every DeepSpeedEngine whose config has a "spotspeed" block is attached.
+
+    Engines that a script builds directly are restored at once from the newest durable checkpoint,
+    so that `engine.global_steps` and `engine.global_samples` say where to go on; engines that a
+    framework builds are restored when the framework loads. Idempotent.
+    """
+    boundary.install_hooks()
+    boundary.on_new_engine(_attach_new)
+
+
+def _attach_new(engine: Any) -> None:
+    if block_of(engine) is None or engine.optimizer is None:
+        return
+    checkpointer = attach(engine)
+    if not _is_built_by_framework():
+        checkpointer.restore()
+
+
+def _is_built_by_framework() -> bool:
+    """Whether a module of a framework is among the callers of the engine's constructor."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package in _FRAMEWORKS:
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False

@@ -1,0 +1,41 @@
+"""The few facts about a DeepSpeed engine that are not its training state."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from spotspeed.config import BLOCK, SpotSpeedConfig, find_block, near_misses
+from spotspeed.errors import ConfigError
+
+_logger = logging.getLogger("spotspeed")
+
+
+def block_of(engine: Any) -> SpotSpeedConfig | None:
+    """The engine's validated "spotspeed" block, or None; warns of a misspelt one."""
+    parameters = engine._config._param_dict
+    if BLOCK not in parameters:
+        for name in near_misses(parameters):
+            _logger.warning('unknown block "%s" in the DeepSpeed config: is "%s" meant?', name, BLOCK)
+    return find_block(parameters)
+
+
+def require_block(engine: Any) -> SpotSpeedConfig:
+    """The engine's block; raises ConfigError with what to write when there is none."""
+    found = block_of(engine)
+    if found is None:
+        raise ConfigError(
+            f'the DeepSpeed config has no "{BLOCK}" block: add "{BLOCK}": '
+            f'{{"path": "/shared/checkpoints/run-1"}}'
+        )
+    return found
+
+
+def rank_of(engine: Any) -> int:
+    """The process's rank in torch.distributed, as DeepSpeed knows it."""
+    return int(engine.global_rank)
+
+
+def world_size_of(engine: Any) -> int:
+    """The number of ranks in torch.distributed, as DeepSpeed knows it."""
+    return int(engine.world_size)
