@@ -1,0 +1,69 @@
+"""The pieces that describe a rank's training state, without copying or communicating."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from spotspeed.core.interval import Interval
+from spotspeed.core.layout import KIND_MASTER, KIND_WEIGHT, Fragment, Holding, TensorKey
+from spotspeed.state.optimizers import rule_for, split_state
+from spotspeed.state.partition import Layout, Partition, Resident, Slot
+from spotspeed.state.piece import Piece, dtype_name, flat_elements, run_of
+from spotspeed.state.weights import underived
+
+
+def live_pieces(layout: Layout) -> Iterator[Piece]:
+    """Masters, optimizer state and frozen weights of this rank, in a fixed order."""
+    optimizer = layout.optimizer
+    for partition in layout.partitions():
+        rule = rule_for(optimizer, partition.hyper)
+        state = optimizer.state.get(partition.master) or {}
+        owner = partition.slots[0].name if partition.slots else "(padding)"
+        elementwise, scalars = split_state(state, rule, partition.master, owner)
+        master = flat_elements(partition.master)
+        for slot in partition.slots:
+            yield slot_piece(partition, slot, KIND_MASTER, master)
+            for key, tensor in elementwise.items():
+                yield slot_piece(partition, slot, key, tensor)
+            if slot.interval.start == 0:
+                for key, tensor in scalars.items():
+                    yield scalar_piece(partition, slot.name, key, tensor)
+    for resident in layout.residents():
+        yield resident_piece(resident)
+
+
+def underived_pieces(layout: Layout) -> Iterator[Piece]:
+    """The low-precision weights that cannot be derived from their masters, slot by slot."""
+    for partition, slot, weight in underived(layout.partitions()):
+        key, dtype = TensorKey(KIND_WEIGHT, slot.name), dtype_name(weight)
+        fragment = Fragment(key, dtype, slot.shape, slot.interval)
+        yield _piece(fragment, weight, partition.replica_index, partition.replica_count)
+
+
+def slot_piece(partition: Partition, slot: Slot, kind: str, elements: torch.Tensor) -> Piece:
+    """The piece of one slot in a tensor that is laid out like the master."""
+    run = run_of(elements, slot.offset, slot.interval)
+    fragment = Fragment(TensorKey(kind, slot.name), dtype_name(run), slot.shape, slot.interval)
+    return _piece(fragment, run, partition.replica_index, partition.replica_count)
+
+
+def scalar_piece(partition: Partition, name: str, key: str, value: torch.Tensor) -> Piece:
+    """The piece of a number that the optimizer keeps per master."""
+    fragment = Fragment(TensorKey(key, name), dtype_name(value), (), Interval(0, 1))
+    return _piece(fragment, value, partition.replica_index, partition.replica_count)
+
+
+def resident_piece(resident: Resident) -> Piece:
+    """The piece of a weight without an optimizer."""
+    elements = flat_elements(resident.tensor).narrow(0, 0, resident.interval.count)
+    fragment = Fragment(
+        TensorKey(KIND_WEIGHT, resident.name), dtype_name(elements),
+        resident.shape, resident.interval,
+    )  # fmt: skip
+    return _piece(fragment, elements, resident.replica_index, resident.replica_count)
+
+
+def _piece(fragment: Fragment, elements: torch.Tensor, index: int, count: int) -> Piece:
+    return Piece(Holding(fragment, index, count), elements)

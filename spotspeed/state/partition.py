@@ -1,0 +1,97 @@
+"""The tensors that the optimizer updates on this rank, and whose elements they are.
+
+Every DeepSpeed optimizer is described in these terms: a *partition* is one master tensor together
+with the optimizer state that is keyed by it; its *slots* say which run of which parameter lies
+where in it. Alignment padding belongs to no slot. A *resident* is a parameter that no optimizer
+updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from spotspeed.core.interval import Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Elements `interval` of parameter `name`, from element `offset` of the master on.
+
+    `weight` is the low-precision copy of exactly these elements, or None when the master is the
+    weight itself or the copy is not in memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    interval: Interval
+    offset: int
+    weight: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One master tensor, equal on all of `replica_count` replicas.
+
+    `names` are the parameters whose elements the partitions of this kind hold on all ranks
+    together, also when this rank holds none of them; `hyper` is the optimizer's param_group.
+    """
+
+    master: torch.Tensor
+    slots: tuple[Slot, ...]
+    names: tuple[str, ...]
+    hyper: Mapping[str, Any]
+    replica_index: int = 0
+    replica_count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A weight without an optimizer: elements `interval` of a frozen parameter, in `tensor`."""
+
+    name: str
+    shape: tuple[int, ...]
+    interval: Interval
+    tensor: torch.Tensor
+    replica_index: int = 0
+    replica_count: int = 1
+
+
+class Layout(Protocol):
+    """Where one class of DeepSpeed optimizer keeps its state; pointers are read at every call."""
+
+    @property
+    def name(self) -> str:
+        """What the events and the checkpoint's description call this layout."""
+        ...
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer whose `state` and `param_groups` are in force now."""
+        ...
+
+    def partitions(self) -> list[Partition]:
+        """The partitions of this rank, in an order that is the same on all ranks."""
+        ...
+
+    def residents(self) -> list[Resident]:
+        """The weights without an optimizer that this rank holds."""
+        ...
+
+    def group_names(self) -> list[list[str]]:
+        """The parameters of each of `optimizer.param_groups`, by name."""
+        ...
+
+    def share_weights(self) -> None:
+        """Spread this rank's freshly written weights to whoever caches or gathers them.
+
+        Collective where weights are sharded: all ranks call it together.
+        """
+        ...
+
+    def relink(self) -> None:
+        """Point DeepSpeed's own views at the optimizer state as it is now."""
+        ...

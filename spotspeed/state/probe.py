@@ -1,0 +1,87 @@
+"""Checks made once, when a provider is attached: nothing is guessed about DeepSpeed's inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed
+
+from spotspeed.errors import UnsupportedLayoutError
+from spotspeed.state.partition import Partition
+
+SUPPORTED = (
+    "supported are ZeRO stages 0 to 3 and BF16_Optimizer in data parallelism, in device memory or "
+    "with CPU offload"
+)
+
+
+def require(owner: Any, *attributes: str) -> None:
+    """Raise UnsupportedLayoutError unless `owner` has every attribute that will be read."""
+    missing = [name for name in attributes if not hasattr(owner, name)]
+    if missing:
+        raise UnsupportedLayoutError(
+            f"{type(owner).__name__} of DeepSpeed {deepspeed.__version__} has no "
+            f"{', '.join(missing)}: this version of DeepSpeed keeps its state elsewhere"
+        )
+
+
+def check_geometry(partition: Partition, padding: int) -> None:
+    """Raise UnsupportedLayoutError unless slots and padding make up the whole master."""
+    slots = sum(slot.interval.count for slot in partition.slots)
+    if slots + padding != partition.master.numel():
+        raise UnsupportedLayoutError(
+            f"a partition of {partition.master.numel()} elements holds {slots} elements of "
+            f"parameters and {padding} of padding: DeepSpeed {deepspeed.__version__} lays it out "
+            f"in a way that is not known here"
+        )
+
+
+def refuse_unsupported(engine: Any) -> None:
+    """Raise UnsupportedLayoutError naming every part of the setup that is not supported."""
+    found = list(_unsupported(engine))
+    if found:
+        raise UnsupportedLayoutError(f"not supported: {'; '.join(found)}; {SUPPORTED}")
+
+
+def _unsupported(engine: Any) -> Iterable[str]:
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    names = f"{type(optimizer).__name__} {type(inner).__name__}".lower()
+    compile_config: Any = getattr(engine._config, "compile_config", None)
+    if optimizer is None or "dummyoptim" in names or "zerooffload" in names:
+        yield "an engine without an optimizer (there is nothing to resume)"
+    if getattr(engine, "pipeline_parallelism", False):
+        yield "pipeline parallelism (PipelineModule)"
+    if getattr(engine, "has_moe_layers", False):
+        yield "mixture of experts (MoE or AutoEP layers)"
+    if getattr(engine, "mp_world_size", 1) > 1 or _size(engine, "autotp_size") > 1:
+        yield f"tensor parallelism of {max(engine.mp_world_size, _size(engine, 'autotp_size'))}"
+    if type(engine).__name__ == "DeepSpeedHybridEngine":
+        yield "the hybrid engine (it keeps inference copies of the weights)"
+    if getattr(engine, "zenflow", False) or "zenflow" in names:
+        yield "ZenFlow (it updates outside of the optimizer step)"
+    if "superoffload" in names:
+        yield "SuperOffload (it updates during backward)"
+    if "onebit" in names or "zeroone" in names:
+        yield f"{type(inner).__name__} (1-bit state is local to each rank)"
+    if "muon" in names:
+        yield "Muon (its momentum has another layout than its master)"
+    if getattr(compile_config, "deepcompile", False) and compile_config.offload_opt_states:
+        yield "DeepCompile's offload_opt_states (it moves the state during forward)"
+    yield from _unsupported_offload(optimizer)
+
+
+def _unsupported_offload(optimizer: Any) -> Iterable[str]:
+    if getattr(optimizer, "swap_optimizer", False):
+        yield "optimizer state on NVMe (offload_optimizer.device nvme)"
+    if getattr(optimizer, "params_in_nvme_and_cpu", False):
+        yield "parameters on NVMe (offload_param.device nvme)"
+    if set(getattr(optimizer, "subgroup_to_device", {}).values()) - {"cpu"}:
+        yield "an offload_optimizer.ratio below 1 (state in two optimizers)"
+    if getattr(optimizer, "zero_quantized_nontrainable_weights", False):
+        yield "zero_quantized_nontrainable_weights"
+
+
+def _size(engine: Any, method: str) -> int:
+    return int(getattr(engine, method, lambda: 1)() or 1)

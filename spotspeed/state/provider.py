@@ -1,0 +1,208 @@
+"""The live training state of an engine as named fragments, whatever optimizer holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+
+from spotspeed.core.layout import StoredTensor, TensorKey
+from spotspeed.errors import CaptureError, UnsupportedLayoutError
+from spotspeed.state.bf16 import Bf16Layout
+from spotspeed.state.capture import live_pieces, underived_pieces
+from spotspeed.state.fit import check_optimizer, check_parameters
+from spotspeed.state.fp16_fused import FusedLayout
+from spotspeed.state.fp16_unfused import UnfusedLayout
+from spotspeed.state.optimizers import rule_for
+from spotspeed.state.parameters import ParameterNames, count_of, shape_of
+from spotspeed.state.partition import Layout
+from spotspeed.state.piece import Piece, dtype_name
+from spotspeed.state.probe import SUPPORTED, refuse_unsupported
+from spotspeed.state.replicated import ReplicatedLayout
+from spotspeed.state.restore import Restore
+from spotspeed.state.zero3 import Zero3Layout
+from spotspeed.state.zero12 import Zero12Layout
+
+__all__ = ["Piece", "StateProvider", "provider_for"]
+
+
+class StateProvider(Protocol):
+    """Describes one engine's state; nothing is cached, so every call sees the state as it is."""
+
+    @property
+    def name(self) -> str:
+        """The layout: zero1, zero2, zero3, bf16, stage0, stage0-unfused or stage0-fused."""
+        ...
+
+    def pieces(self) -> list[Piece]:
+        """Masters, optimizer state and frozen weights that this rank holds; no communication.
+
+        The shares of all ranks together cover each tensor exactly once. Valid until the next
+        optimizer step begins. Raises CaptureError, naming the key, for state that is not known.
+        """
+        ...
+
+    def derived_mismatches(self) -> list[Piece]:
+        """The low-precision weights on this rank that are not their master, rounded.
+
+        They are of kind "weight", may cover only part of a parameter, and need to be stored
+        beside `pieces`. Costs one pass over the masters.
+        """
+        ...
+
+    def prepare_restore(self, stored: Mapping[TensorKey, StoredTensor]) -> list[Piece]:
+        """The targets that this rank has to fill, in place, to hold the stored state.
+
+        Allocates missing optimizer state. Raises InvalidLayoutError, before it changes anything,
+        when parameters or optimizer differ, and UnsupportedLayoutError for an inexact dtype.
+        """
+        ...
+
+    def check_restore(self) -> None:
+        """Raise InvalidLayoutError when the filled targets cannot be applied.
+
+        Local: to be called when all targets are filled, before the ranks agree to finish.
+        """
+        ...
+
+    def finish_restore(self) -> None:
+        """Make the filled targets the live state; collective: every rank calls it, or none."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the state belongs to, as plain data; the same on all ranks."""
+        ...
+
+    def aliases(self) -> dict[str, str]:
+        """Further names of tied parameters, with the name that their state is stored under."""
+        ...
+
+    def group_names(self) -> list[list[str]]:
+        """The parameters of each live param_group, by name and in order."""
+        ...
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The live param_groups that `group_names` describes; their values may be changed."""
+        ...
+
+
+_LAYOUTS: dict[str, type[Any]] = {
+    "DeepSpeedZeroOptimizer": Zero12Layout,
+    "DeepSpeedZeroOptimizer_Stage3": Zero3Layout,
+    "BF16_Optimizer": Bf16Layout,
+    "FP16_Optimizer": FusedLayout,
+    "FP16_UnfusedOptimizer": UnfusedLayout,
+}
+
+
+def provider_for(engine: Any) -> StateProvider:
+    """The provider of an initialised engine, after probing that all it reads is there.
+
+    Raises UnsupportedLayoutError naming what was found and what is supported.
+    """
+    refuse_unsupported(engine)
+    kind = type(engine.optimizer)
+    if kind.__module__.startswith("deepspeed.runtime.") and kind.__name__ in _LAYOUTS:
+        layout = _LAYOUTS[kind.__name__](engine)
+    elif isinstance(engine.optimizer, torch.optim.Optimizer):
+        layout = ReplicatedLayout(engine)
+    else:
+        raise UnsupportedLayoutError(
+            f"not supported: {kind.__module__}.{kind.__qualname__} as the engine's optimizer; "
+            f"{SUPPORTED}"
+        )
+    return EngineState(engine, layout)
+
+
+class EngineState:
+    """The StateProvider of one engine, whose layout says where everything lies."""
+
+    def __init__(self, engine: Any, layout: Layout) -> None:
+        self._engine, self._layout = engine, layout
+        self._names = ParameterNames(engine)
+        self._restore: Restore | None = None
+        for group in layout.optimizer.param_groups:
+            rule_for(layout.optimizer, group)
+
+    @property
+    def name(self) -> str:
+        return self._layout.name
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._layout.optimizer.param_groups
+        return groups
+
+    def pieces(self) -> list[Piece]:
+        return list(live_pieces(self._layout))
+
+    def derived_mismatches(self) -> list[Piece]:
+        moved = self._offloaded()
+        if moved:
+            raise CaptureError(f"{moved} are offloaded: call engine.reload_states() first")
+        return list(underived_pieces(self._layout))
+
+    def prepare_restore(self, stored: Mapping[TensorKey, StoredTensor]) -> list[Piece]:
+        moved = self._offloaded()
+        if moved:
+            raise UnsupportedLayoutError(
+                f"{moved} are offloaded: call engine.reload_states() before restoring"
+            )
+        partitions = self._layout.partitions()
+        trained = {name for partition in partitions for name in partition.names}
+        shapes = {
+            name: shape_of(parameter) for name, parameter in self._names if count_of(parameter)
+        }
+        check_parameters(
+            stored,
+            {name: shape for name, shape in shapes.items() if name in trained},
+            {name: shape for name, shape in shapes.items() if name not in trained},
+        )
+        check_optimizer(stored, partitions, self._layout.optimizer)
+        self._restore = Restore(self._layout, stored)
+        self._restore.plan()
+        return self._restore.pieces
+
+    def check_restore(self) -> None:
+        assert self._restore is not None, "prepare_restore comes first"
+        self._restore.check()
+
+    def finish_restore(self) -> None:
+        restore, self._restore = self._restore, None
+        assert restore is not None, "prepare_restore comes first"
+        restore.finish()
+
+    def describe(self) -> dict[str, Any]:
+        partitions = self._layout.partitions()
+        trained = {name for partition in partitions for name in partition.names}
+        return {
+            "provider": self.name,
+            "deepspeed": deepspeed.__version__,
+            "zero_stage": int(self._engine.zero_optimization_stage()),
+            "optimizer": type(self._layout.optimizer).__name__,
+            "master_dtype": dtype_name(partitions[0].master) if partitions else None,
+            "parameters": {
+                name: {
+                    "shape": list(shape_of(parameter)),
+                    "dtype": dtype_name(parameter),
+                    "trained": name in trained,
+                }
+                for name, parameter in self._names
+            },
+            "groups": self.group_names(),
+            "aliases": self.aliases(),
+        }
+
+    def aliases(self) -> dict[str, str]:
+        return self._names.aliases()
+
+    def group_names(self) -> list[list[str]]:
+        return self._layout.group_names()
+
+    def _offloaded(self) -> str:
+        """What `engine.offload_states()` has moved away, in words."""
+        moved = getattr(self._engine.optimizer, "offloaded_states", ())
+        return ", ".join(sorted(str(getattr(state, "value", state)) for state in moved))

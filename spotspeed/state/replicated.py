@@ -1,0 +1,57 @@
+"""Stage 0 with an optimizer of its own: the parameters are the masters, whole on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spotspeed.core.interval import Interval
+from spotspeed.state.parameters import (
+    ParameterNames,
+    replica_of,
+    replicated_residents,
+    shape_of,
+)
+from spotspeed.state.partition import Partition, Resident, Slot
+
+
+class ReplicatedLayout:
+    """A parameter that never had a gradient has no optimizer state, and keeps having none."""
+
+    name = "stage0"
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._names = ParameterNames(engine)
+        self.partitions()
+
+    @property
+    def optimizer(self) -> Any:
+        return self._engine.optimizer
+
+    def partitions(self) -> list[Partition]:
+        replica = replica_of(self._engine.seq_data_parallel_group)
+        found = []
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                is_trained = parameter.requires_grad or self.optimizer.state.get(parameter)
+                if is_trained and parameter.numel():
+                    name, shape = self._names.of(parameter), shape_of(parameter)
+                    slot = Slot(name, shape, Interval(0, parameter.numel()), 0)
+                    found.append(Partition(parameter, (slot,), (name,), group, *replica))
+        return found
+
+    def residents(self) -> list[Resident]:
+        owned = (name for partition in self.partitions() for name in partition.names)
+        return replicated_residents(self._names, owned, self._engine.seq_data_parallel_group)
+
+    def group_names(self) -> list[list[str]]:
+        return [
+            [self._names.of(parameter) for parameter in group["params"]]
+            for group in self.optimizer.param_groups
+        ]
+
+    def share_weights(self) -> None:
+        """Nothing to do: the masters are the weights."""
+
+    def relink(self) -> None:
+        """Nothing to do: DeepSpeed keeps no views of this state."""
