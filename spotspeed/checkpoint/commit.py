@@ -1,0 +1,167 @@
+"""Seals checkpoints: whoever sees all receipts creates the manifest, which is the commit point."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from spotspeed import events
+from spotspeed.core.lineage import Place, place_of
+from spotspeed.core.manifest import (
+    MANIFEST_FILE,
+    MAX_DOCUMENT_BYTES,
+    Manifest,
+    Ticket,
+    canonical_json,
+    decode_receipt,
+    seal_manifest,
+)
+from spotspeed.errors import (
+    CorruptionError,
+    FormatError,
+    ObjectNotFoundError,
+    SpotSpeedError,
+    StorageError,
+)
+from spotspeed.storage.contract import Storage
+
+LATEST_KEY = "latest"
+MAX_HINT_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Unsealed:
+    """A directory whose save is not complete, and why as far as that is known."""
+
+    directory: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class RollForward:
+    """What `roll_forward` sealed, and what it had to leave."""
+
+    sealed: tuple[Manifest, ...]
+    unsealed: tuple[Unsealed, ...]
+
+
+def try_seal(storage: Storage, ticket: Ticket) -> Manifest | None:
+    """Seal `ticket` if every rank's receipt is there; None when one is missing.
+
+    Call it after every receipt that was put. Idempotent, and safe from any number of processes at
+    once: the manifest is a pure function of the receipts. When a manifest is returned it is
+    durable. Raises CorruptionError when receipts, shards or an existing manifest contradict each
+    other; the checkpoint is then not sealed by this call.
+    """
+    sizes = {info.key: info.size_bytes for info in storage.list(ticket.directory)}
+    if any(ticket.receipt_path(rank) not in sizes for rank in range(ticket.world_size)):
+        return None
+    receipts = {rank: storage.get(ticket.receipt_path(rank), MAX_DOCUMENT_BYTES)
+                for rank in range(ticket.world_size)}  # fmt: skip
+    manifest, data = seal_manifest(ticket, receipts)
+    _check_shards(storage, ticket, receipts, sizes)
+    if not storage.create(ticket.manifest_path, data):
+        found = storage.get(ticket.manifest_path, MAX_DOCUMENT_BYTES)
+        if found != data:
+            raise CorruptionError(
+                f"{storage.url}/{ticket.manifest_path}: there is a manifest of {len(found)} bytes "
+                f"that does not follow from the receipts beside it ({len(data)} bytes); "
+                f"this checkpoint cannot be trusted"
+            )
+    _point_latest(storage, manifest)
+    return manifest
+
+
+def roll_forward(storage: Storage) -> RollForward:
+    """Seal every directory whose receipts are complete: its savers died just before they did.
+
+    A directory that contradicts itself is left as it is and reported.
+    """
+    sealed: list[Manifest] = []
+    unsealed: list[Unsealed] = []
+    for directory in storage.directories():
+        if place_of(directory) is None or _is_sealed(storage, directory):
+            continue
+        try:
+            ticket = _ticket_of(storage, directory)
+            manifest = None if ticket is None else try_seal(storage, ticket)
+        except CorruptionError as error:
+            unsealed.append(Unsealed(directory, str(error)))
+            continue
+        if manifest is None:
+            unsealed.append(Unsealed(directory, "receipts are missing"))
+        else:
+            sealed.append(manifest)
+    return RollForward(tuple(sealed), tuple(unsealed))
+
+
+def read_latest(storage: Storage) -> tuple[str, str] | None:
+    """Directory and manifest digest that `latest` points to: a hint, and perhaps a stale one."""
+    try:
+        raw = json.loads(storage.get(LATEST_KEY, MAX_HINT_BYTES))
+        directory, digest = raw["directory"], raw["digest"]
+    except (SpotSpeedError, ValueError, TypeError, KeyError, RecursionError):
+        # Nobody depends on the hint, so there is nothing to tell anybody.
+        return None
+    if not isinstance(directory, str) or not isinstance(digest, str) or not place_of(directory):
+        return None
+    return directory, digest
+
+
+def _check_shards(
+    storage: Storage, ticket: Ticket, receipts: dict[int, bytes], sizes: dict[str, int]
+) -> None:
+    """Every shard is there in the size that its receipt states."""
+    for rank, data in receipts.items():
+        shard = decode_receipt(data, source=ticket.receipt_path(rank)).shard
+        found = sizes.get(shard.path)
+        if found != shard.size_bytes:
+            there = "missing" if found is None else f"{found} bytes"
+            raise FormatError(
+                f"{storage.url}/{shard.path}: {there}, its receipt says {shard.size_bytes} bytes"
+            )
+
+
+def _ticket_of(storage: Storage, directory: str) -> Ticket | None:
+    """The ticket that the receipts in `directory` are for, or None when there is no receipt."""
+    keys = [info.key for info in storage.list(directory) if info.key.endswith(".receipt")]
+    if not keys:
+        return None
+    source = f"{storage.url}/{keys[0]}"
+    ticket = decode_receipt(storage.get(keys[0], MAX_DOCUMENT_BYTES), source=source).ticket
+    if ticket.directory != directory:
+        raise FormatError(f"{source}: belongs to {ticket.directory}")
+    return ticket
+
+
+def _is_sealed(storage: Storage, directory: str) -> bool:
+    try:
+        storage.size(f"{directory}/{MANIFEST_FILE}")
+    except ObjectNotFoundError:
+        return False
+    return True
+
+
+def _point_latest(storage: Storage, manifest: Manifest) -> None:
+    """Move the hint to `manifest`, unless it points to something newer that exists."""
+    ticket = manifest.ticket
+    try:
+        current = read_latest(storage)
+        if current is not None and _is_newer(storage, current[0], ticket):
+            return
+        hint = {"directory": ticket.directory, "digest": manifest.digest, "tag": ticket.tag,
+                "step": ticket.step, "epoch": ticket.epoch}  # fmt: skip
+        storage.put(LATEST_KEY, canonical_json(hint) + b"\n")
+    except StorageError as error:
+        # The checkpoint is sealed; a hint that could not be moved must not deny that.
+        events.emit(events.Lost(f"hint {LATEST_KEY}", str(error)))
+
+
+def _is_newer(storage: Storage, directory: str, ticket: Ticket) -> bool:
+    there = place_of(directory)
+    return (
+        there is not None
+        and there >= Place(ticket.epoch, ticket.step)
+        and directory != ticket.directory
+        and _is_sealed(storage, directory)
+    )
