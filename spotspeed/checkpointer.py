@@ -6,13 +6,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from spotspeed import events
 from spotspeed.checkpoint.agreement import share_all
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
 from spotspeed.checkpoint.restore import Restored, Seat, restore_agreed
-from spotspeed.checkpoint.save import begin_save
+from spotspeed.checkpoint.save import begin_save, share_bytes
 from spotspeed.checkpoint.session import Session, open_session
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import Cut, GateVerdict
@@ -53,7 +54,9 @@ class Checkpointer:
         self._session: Session = open_session(config, self.rank, self.world_size, listener=self)
         self._saves = SaveQueue(self._begin)
         self._exit = ExitWatch(self._close_at_exit)
-        boundary.bind(engine, self)
+        self._binding = boundary.bind(engine, self)
+        self._binding.watches_forward = True
+        self._session.stager.reserve(share_bytes(self._provider, self._small))
         events.emit(events.Attached(self._session.storage.url, self._session.epoch, self.rank,
                                     self.world_size, self._provider.name))  # fmt: skip
 
@@ -113,6 +116,15 @@ class Checkpointer:
         """The first step after attach or restore begins."""
         self._start()
         loader_guard.release()
+        self._binding.watches_forward = False
+
+    def on_save(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
+        """DeepSpeed's own save runs as it is."""
+        return boundary.PASS
+
+    def on_load(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
+        """DeepSpeed's own load runs as it is."""
+        return boundary.PASS
 
     def before_update(self, engine: Any) -> None:
         """The next update begins only when nothing of the last step is still to be copied."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.errors import CaptureError, SpotSpeedError
+from spotspeed.staging.staged import StagedSave, StagingFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class SaveHandle:
     """
 
     ticket: Ticket
-    staging_completion: Future[None] = field(default_factory=Future)
+    staging_completion: Future[StagingFacts] = field(default_factory=Future)
     upload_completion: Future[Manifest] = field(default_factory=Future)
 
     @property
@@ -45,8 +46,8 @@ class SaveHandle:
                 future.set_exception(error)
 
 
-Begin = Callable[[SaveHandle], Any]
-"""Describe and stage one save, returning the stager's StagedSave."""
+Begin = Callable[[SaveHandle], StagedSave]
+"""Describe and stage one save."""
 
 
 class SaveQueue:

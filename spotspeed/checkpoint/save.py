@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from spotspeed.core import plain
-from spotspeed.core.layout import Fragment, TensorKey
+from spotspeed.core.layout import TensorKey
 from spotspeed.core.manifest import Ticket
 from spotspeed.state.plain_tensors import to_plain
-from spotspeed.state.provider import Piece, StateProvider
+from spotspeed.state.provider import StateProvider
 from spotspeed.state.small import Record, SmallState
 
 if TYPE_CHECKING:
-    import torch
-
-    from spotspeed.staging.stager import StagedSave, Stager
+    from spotspeed.staging.staged import StagedSave
+    from spotspeed.staging.stager import Stager
 
 KIND_BLOB = "blob"
 JOB_KEY = TensorKey(KIND_BLOB, "job")
@@ -47,17 +46,15 @@ def begin_save(
     if rank == 0:
         job = {**small.job(record), "model": provider.describe(), **extra}
         blobs[JOB_KEY] = _encode(job, what="job state")
-    shares = [share for piece in pieces if (share := _share(piece)) is not None]
+    shares = [(share.fragment, share.tensor) for share in (piece.share for piece in pieces)
+              if share.fragment.interval.count]  # fmt: skip
     return stager.stage(ticket, shares, blobs)
 
 
-def _share(piece: Piece) -> tuple[Fragment, torch.Tensor] | None:
-    """The part of a replicated piece that this rank writes, or None when it has none."""
-    fragment, whole = piece.holding.share, piece.holding.fragment.interval
-    if fragment.interval.count == 0:
-        return None
-    start = fragment.interval.start - whole.start
-    return fragment, piece.tensor.narrow(0, start, fragment.interval.count)
+def share_bytes(provider: StateProvider, small: SmallState) -> int:
+    """About what this rank writes per save; buffers included, the small blobs not."""
+    pieces = [*provider.pieces(), *small.buffer_pieces(small.record())]
+    return sum(piece.share.fragment.size_bytes for piece in pieces)
 
 
 def _encode(value: Mapping[str, Any], *, what: str) -> bytes:

@@ -7,18 +7,26 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from spotspeed.checkpoint.agreement import Exchange, raise_first, share, vote
-from spotspeed.checkpoint.ownership import claim_epoch, record_restored_from
+from spotspeed.checkpoint.agreement import Exchange, raise_first, share, share_all, vote
+from spotspeed.checkpoint.ownership import (
+    RENEWAL_PERIOD_S,
+    claim_epoch,
+    record_restored_from,
+)
+from spotspeed.checkpoint.processes import this_process
 from spotspeed.checkpoint.restore import Restored
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.bootstrap import bootstrap
 from spotspeed.coordinator.coordinator import Coordinator, CutListener
+from spotspeed.core.manifest import MAX_STEP
 from spotspeed.errors import ConfigError, ObjectNotFoundError, SpotSpeedError, StorageError
 from spotspeed.staging.stager import Stager
 from spotspeed.storage import open_storage
 from spotspeed.storage.contract import Storage
 
 PROBE_DIRECTORY = "probe"
+DRAIN_TIMEOUT_S = 600.0
+"""Longest time that a launch waits for what an earlier one on this node is still writing."""
 
 
 @dataclass(slots=True)
@@ -52,13 +60,31 @@ def open_session(
     try:
         storage = open_storage(absolute(config.path))
         probe_one_place(storage, coordinator.exchange, rank)
-        epoch = share(coordinator.exchange, "epoch", rank,
-                      lambda: {"epoch": claim_epoch(storage, take_over=config.take_over).epoch})
-        stager = Stager(absolute(config.path), config, rank)
+        hosts = share_all(coordinator.exchange, "host", this_process().boot_id)
+        stager = Stager(storage.url, config, rank, local_world_size=hosts.count(hosts[rank]))
+        epoch = _claim(storage, coordinator.exchange, stager, rank, config.take_over)
     except BaseException:
         coordinator.close(0.0)
         raise
-    return Session(storage, coordinator, stager, int(epoch["epoch"]), rank)
+    return Session(storage, coordinator, stager, epoch, rank)
+
+
+def _claim(
+    storage: Storage, exchange: Exchange, stager: Stager, rank: int, take_over: bool
+) -> int:
+    """Let the saver that an older launch left here finish, then begin the next epoch."""
+    objection: SpotSpeedError | None = None
+    try:
+        stager.drain(MAX_STEP, timeout_s=DRAIN_TIMEOUT_S)
+    except SpotSpeedError as error:
+        objection = error
+    raise_first(vote(exchange, "drain", objection))
+    answer = share(exchange, "epoch", rank,
+                   lambda: {"epoch": claim_epoch(storage, take_over=take_over).epoch})  # fmt: skip
+    epoch = int(answer["epoch"])
+    if rank == 0:
+        stager.renew_owner(epoch, period_s=RENEWAL_PERIOD_S)
+    return epoch
 
 
 def absolute(path: str) -> str:
