@@ -28,9 +28,10 @@ def abandon_on_fork(owner: ForkAware) -> None:
 
 
 def _abandon_all() -> None:
-    for owner in tuple(_live):
-        owner.abandon_in_child()
+    owners = tuple(_live)
     _live.clear()
+    for owner in owners:
+        owner.abandon_in_child()
 
 
 os.register_at_fork(after_in_child=_abandon_all)
