@@ -1,0 +1,122 @@
+"""Watches the saves whose own part is durable until somebody, perhaps this saver, seals them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from spotspeed.agent.incoming import IncomingSave, StoppedError
+from spotspeed.checkpoint.commit import try_seal
+from spotspeed.core.manifest import Manifest
+from spotspeed.errors import SpotSpeedError, StorageError
+from spotspeed.storage.contract import Storage
+
+FIRST_PAUSE_S = 0.005
+LONGEST_PAUSE_S = 0.1
+LONGEST_REMOTE_PAUSE_S = 1.0
+"""An object store bills every look."""
+SEAL_TIMEOUT_S = 3600.0
+"""After so long without the other ranks' receipts the save is reported as failed; should they
+come later, the last of them still seals it."""
+_logger = logging.getLogger("spotspeed")
+
+Outcome = Callable[[IncomingSave, Manifest | SpotSpeedError], None]
+
+
+@dataclass(slots=True)
+class _Watched:
+    save: IncomingSave
+    on_outcome: Outcome
+    is_wanted: Callable[[], bool]
+    began: float
+    due: float
+    pause_s: float
+
+
+class Sealer:
+    """One thread that tries to seal every stored save, again and again with growing pauses."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        is_local = "://" not in storage.url
+        self._longest_pause_s = LONGEST_PAUSE_S if is_local else LONGEST_REMOTE_PAUSE_S
+        self._watched: list[_Watched] = []
+        self._broken: dict[str, str] = {}
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, name="sealer", daemon=True).start()
+
+    def add(
+        self, save: IncomingSave, on_outcome: Outcome, *, is_wanted: Callable[[], bool]
+    ) -> None:
+        """Watch `save`; `on_outcome` is called once, on the sealer's thread.
+
+        While `is_wanted()` is false (the rank is gone) the save is let go after a first attempt
+        that found other ranks missing: they, or the next start, will seal it.
+        """
+        now = time.monotonic()
+        with self._changed:
+            self._watched.append(_Watched(save, on_outcome, is_wanted, now, now, FIRST_PAUSE_S))
+            self._changed.notify_all()
+
+    def broken(self, directory: str, reason: str) -> None:
+        """A rank of this node cannot complete its part: nobody will ever seal `directory`."""
+        with self._changed:
+            self._broken[directory] = reason
+            for watched in self._watched:
+                if watched.save.ticket.directory == directory:
+                    watched.due = 0.0
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                due = min((watched.due for watched in self._watched), default=None)
+                wait_s = None if due is None else due - time.monotonic()
+                if wait_s is None or wait_s > 0:
+                    self._changed.wait(wait_s)
+                    continue
+                watched = min(self._watched, key=lambda candidate: candidate.due)
+            if self._settle(watched):
+                with self._changed:
+                    self._watched.remove(watched)
+
+    def _settle(self, watched: _Watched) -> bool:
+        """Try once; whether the save is settled now."""
+        save = watched.save
+        outcome = self._try(watched)
+        if outcome is not None:
+            watched.on_outcome(save, outcome)
+            return True
+        save.progress.state = "stored"
+        if not watched.is_wanted():
+            return True
+        watched.pause_s = min(2 * watched.pause_s, self._longest_pause_s)
+        watched.due = time.monotonic() + watched.pause_s
+        return False
+
+    def _try(self, watched: _Watched) -> Manifest | SpotSpeedError | None:
+        save = watched.save
+        directory = save.ticket.directory
+        try:
+            save.check()
+            manifest = try_seal(self._storage, save.ticket)
+        except StoppedError as error:
+            return error
+        except StorageError as error:
+            _logger.warning("%s: sealing failed for now: %s", directory, error)
+            manifest = None
+        except SpotSpeedError as error:
+            return error
+        if manifest is not None:
+            return manifest
+        if directory in self._broken:
+            return StorageError(f"{directory} will not be sealed: {self._broken[directory]}")
+        if time.monotonic() - watched.began > SEAL_TIMEOUT_S:
+            return StorageError(
+                f"{directory}: this rank's part has been durable for {SEAL_TIMEOUT_S:.0f} s and "
+                f"other ranks' receipts are still missing"
+            )
+        return None

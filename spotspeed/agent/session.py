@@ -1,0 +1,255 @@
+"""One rank's session with the saver: reads its messages, stores its saves in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import select
+import socket
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from spotspeed.agent.arena import SlotArena
+from spotspeed.agent.incoming import IncomingSave, SaveProgress, StoppedError
+from spotspeed.agent.ledger import SlotLedger
+from spotspeed.agent.sealing import Sealer
+from spotspeed.agent.writing import Workshop, store
+from spotspeed.core.chunks import pack
+from spotspeed.core.manifest import Manifest, encode_manifest
+from spotspeed.core.saver_protocol import (
+    Abandon,
+    Begin,
+    Chunks,
+    Decoder,
+    Drain,
+    End,
+    Failed,
+    Freed,
+    Hello,
+    Message,
+    Need,
+    Notify,
+    Renew,
+    Sealed,
+    Stored,
+    encode,
+)
+from spotspeed.errors import FormatError, SpotSpeedError
+from spotspeed.storage.contract import Storage
+
+RECV_BYTES = 1 << 18
+SEND_TIMEOUT_S = 30
+"""A rank that reads nothing for so long gets no more answers; its saves are stored all the same."""
+_logger = logging.getLogger("spotspeed")
+
+
+class House(Protocol):
+    """What a session asks of the server that it belongs to."""
+
+    @property
+    def storage(self) -> Storage: ...
+
+    @property
+    def sealer(self) -> Sealer: ...
+
+    @property
+    def encoders(self) -> ThreadPoolExecutor: ...
+
+    def began(self, save: SaveProgress) -> None:
+        """A save has begun to arrive."""
+
+    def drain(self, before_epoch: int, session: Session) -> None:
+        """Answer `session` until the saves of older epochs are settled."""
+
+    def renew(self, message: Renew, session: Session) -> None:
+        """Renew an owner record while `session` or its saves live."""
+
+    def notify(self, message: Notify) -> None:
+        """Tell all sessions."""
+
+
+class Session:
+    """A connection to one rank (or observer) and everything that it has staged.
+
+    `is_over` when the rank is gone and nothing of it is left to store.
+    """
+
+    def __init__(self, sock: socket.socket, hello: Hello, arena: SlotArena | None) -> None:
+        self.hello = hello
+        self.arena = arena
+        self.is_connected = True
+        self._socket = sock
+        self._socket.settimeout(None)
+        self._socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_S, 0)
+        )
+        self._is_deaf = False
+        self._send_lock = threading.Lock()
+        self._ledger = SlotLedger(arena.slot_count if arena else 0, self._free)
+        self._saves: dict[int, IncomingSave] = {}
+        self._last_number = 0
+        self._queue: queue.SimpleQueue[IncomingSave | None] = queue.SimpleQueue()
+
+    def __str__(self) -> str:
+        return f"rank {self.hello.rank} (process {self.hello.pid})"
+
+    def send(self, message: Message) -> bool:
+        """Send if the rank still listens, and whether it does; what it sent is read in any case."""
+        frame = encode(message)
+        with self._send_lock:
+            if not self._is_deaf:
+                try:
+                    self._socket.sendall(frame)
+                except OSError as error:
+                    self._is_deaf = True
+                    _logger.info("%s takes no more answers: %s", self, error)
+            return not self._is_deaf
+
+    def serve(self, house: House, decoder: Decoder) -> None:
+        """Read until the rank is gone, and return when everything it staged has been stored."""
+        writer = threading.Thread(target=self._write, args=(house,), name="writer", daemon=True)
+        writer.start()
+        reason = "its rank left before everything was staged"
+        try:
+            for data in _received(self._socket, self.hello.pid):
+                for message in decoder.feed(data):
+                    self._handle(message, house)
+        except (FormatError, ValueError) as error:
+            _logger.error("%s broke the protocol: %s", self, error)
+            reason = f"its rank broke the saver's protocol: {error}"
+        self.is_connected = False
+        for save in list(self._saves.values()):
+            if not save.is_staged:
+                save.stop(reason)
+        self._queue.put(None)
+        writer.join()
+        with self._send_lock:
+            self._is_deaf = True
+        self._socket.close()
+
+    def _handle(self, message: Message, house: House) -> None:
+        match message:
+            case Begin():
+                self._begin(message, house)
+            case Chunks(number, first, slots):
+                self._ledger.take(number, slots)
+                save = self._saves.get(number)
+                if save is None or save.progress.state != "arriving":
+                    self._check_known(number)
+                    self._ledger.settle(number)
+                else:
+                    save.add(first, slots)
+            case End(number):
+                self._check_known(number)
+                if (save := self._saves.get(number)) and save.progress.state == "arriving":
+                    save.end()
+            case Abandon(number, reason):
+                self._check_known(number)
+                if save := self._saves.get(number):
+                    save.stop(reason)
+            case Need(count):
+                self._ledger.need(count)
+            case Drain(before_epoch):
+                house.drain(before_epoch, self)
+            case Renew():
+                house.renew(message, self)
+            case Notify():
+                house.notify(message)
+            case _:
+                raise FormatError(f"a rank does not send {type(message).__name__}")
+
+    def _check_known(self, number: int) -> None:
+        if not 0 < number <= self._last_number:
+            raise FormatError(f"save {number} was never begun")
+
+    def _begin(self, begin: Begin, house: House) -> None:
+        if self.arena is None or begin.chunk_bytes > self.arena.slot_bytes:
+            raise FormatError(f"save {begin.save}: no arena with slots of {begin.chunk_bytes}")
+        if begin.save <= self._last_number:
+            raise FormatError(f"save {begin.save} begun after {self._last_number}")
+        layout = pack(begin.fragments, chunk_bytes=begin.chunk_bytes)
+        if (len(layout.chunks), layout.raw_bytes) != (begin.chunk_count, begin.raw_bytes):
+            raise FormatError(
+                f"save {begin.save}: {begin.chunk_count} chunks and {begin.raw_bytes} bytes "
+                f"announced, the layout has {len(layout.chunks)} and {layout.raw_bytes}"
+            )
+        self._last_number = begin.save
+        save = IncomingSave(begin, layout)
+        self._saves[save.number] = save
+        house.began(save.progress)
+        self._queue.put(save)
+
+    def _write(self, house: House) -> None:
+        """Body of the writer thread: store the saves in the order in which they began."""
+        while (save := self._queue.get()) is not None:
+            assert self.arena is not None
+            workshop = Workshop(
+                house.storage, self.arena, self._ledger, house.encoders,
+                lambda: not self.is_connected,
+            )  # fmt: skip
+            try:
+                store(save, workshop)
+            except SpotSpeedError as error:
+                self._fail(save, error, house)
+                continue
+            finally:
+                self._ledger.settle(save.number)
+            save.progress.state = "written"
+            self.send(Stored(save.number))
+            house.sealer.add(save, self._settled, is_wanted=lambda: self.is_connected)
+
+    def _fail(self, save: IncomingSave, error: SpotSpeedError, house: House) -> None:
+        _logger.log(
+            logging.INFO if isinstance(error, StoppedError) else logging.ERROR,
+            "%s failed: %s", save, error,
+        )  # fmt: skip
+        house.sealer.broken(save.ticket.directory, f"rank {save.rank} failed: {error}")
+        self._settled(save, error)
+
+    def _settled(self, save: IncomingSave, outcome: Manifest | SpotSpeedError) -> None:
+        """Report the end of a save."""
+        if isinstance(outcome, Manifest):
+            save.progress.state = "sealed"
+            self.send(Sealed(save.number, encode_manifest(outcome)))
+        else:
+            save.progress.state = "failed"
+            self.send(Failed(save.number, str(outcome)))
+        self._saves.pop(save.number, None)
+
+    def _free(self, slots: Sequence[int]) -> None:
+        self.send(Freed(tuple(slots)))
+
+
+def _received(sock: socket.socket, pid: int) -> Iterator[bytes]:
+    """What the rank has sent, until it hangs up or its process is gone.
+
+    A process forked from the rank (a DataLoader worker) may keep the socket open after the rank
+    has died, so the rank's process is watched, too; what it had sent is read to the end first.
+    """
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    try:
+        process = os.pidfd_open(pid)
+    except OSError as error:
+        _logger.info("process %d cannot be watched: %s", pid, error)
+        process = -1
+    try:
+        if process >= 0:
+            poller.register(process, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poller.poll()}
+            flags = socket.MSG_DONTWAIT if process in ready else 0
+            try:
+                data = sock.recv(RECV_BYTES, flags)
+            except OSError:
+                return
+            if not data:
+                return
+            yield data
+    finally:
+        if process >= 0:
+            os.close(process)

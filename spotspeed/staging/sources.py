@@ -1,0 +1,158 @@
+"""Where the bytes of a save come from, and the one function that copies them into a slot."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from spotspeed.core.chunks import StreamLayout
+from spotspeed.core.interval import Interval
+from spotspeed.core.layout import Fragment, TensorKey
+from spotspeed.errors import CaptureError
+from spotspeed.staging.native import CopyEngine
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Source(Protocol):
+    """The bytes of one fragment; kept alive by whoever holds the source."""
+
+    size_bytes: int
+
+    def copy_to(self, address: int, offset: int, size_bytes: int) -> None:
+        """Begin to copy `size_bytes` bytes from `offset` to memory at `address`."""
+
+    def finish(self) -> None:
+        """Return when all copies begun have arrived."""
+
+
+@dataclass(slots=True)
+class HostSource:
+    """Bytes in this process's memory; `owner` keeps them alive."""
+
+    address: int
+    size_bytes: int
+    owner: Any
+
+    def copy_to(self, address: int, offset: int, size_bytes: int) -> None:
+        ctypes.memmove(address, self.address + offset, size_bytes)
+
+    def finish(self) -> None:
+        return
+
+
+class DeviceQueue:
+    """A stream of copies out of one device, which waits for what was queued when it was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._stream: Any = torch.Stream(device)
+        self._ready: Any = torch.accelerator.current_stream(device).record_event()
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Queue a copy; asynchronous where `target` lies in pinned memory."""
+        with self._stream:
+            self._stream.wait_event(self._ready)
+            target.copy_(source, non_blocking=True)
+
+    def finish(self) -> None:
+        """Return when all copies have arrived."""
+        self._stream.synchronize()
+
+
+class DeviceSource:
+    """Bytes in an accelerator's memory."""
+
+    def __init__(self, tensor: torch.Tensor, queue: DeviceQueue) -> None:
+        import torch
+
+        self._bytes = tensor.detach().view(torch.uint8)
+        self._queue = queue
+        self.size_bytes = self._bytes.numel()
+
+    def copy_to(self, address: int, offset: int, size_bytes: int) -> None:
+        import torch
+
+        buffer = (ctypes.c_char * size_bytes).from_address(address)
+        target = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._queue.copy(self._bytes.narrow(0, offset, size_bytes), target)
+
+    def finish(self) -> None:
+        self._queue.finish()
+
+
+def gather(
+    pieces: Sequence[tuple[Fragment, torch.Tensor]], blobs: Mapping[TensorKey, bytes]
+) -> tuple[list[Fragment], list[Source]]:
+    """Fragments of a save and where each one's bytes are; raises CaptureError for a bad tensor."""
+    fragments: list[Fragment] = []
+    sources: list[Source] = []
+    queues: dict[torch.device, DeviceQueue] = {}
+    for fragment, tensor in pieces:
+        _check_tensor(fragment, tensor)
+        fragments.append(fragment)
+        if tensor.device.type == "cpu":
+            sources.append(HostSource(tensor.data_ptr(), fragment.size_bytes, tensor))
+            continue
+        if tensor.device not in queues:
+            queues[tensor.device] = DeviceQueue(tensor.device)
+        sources.append(DeviceSource(tensor, queues[tensor.device]))
+    for key, data in blobs.items():
+        size = len(data)
+        fragments.append(Fragment(key, "uint8", (size,), Interval(0, size)))
+        view = np.frombuffer(data, dtype=np.uint8)
+        sources.append(HostSource(view.ctypes.data, size, view))
+    return fragments, sources
+
+
+def fill_slot(
+    layout: StreamLayout,
+    sources: Sequence[Source],
+    chunk: int,
+    address: int,
+    engine: CopyEngine,
+) -> None:
+    """Write chunk number `chunk` to memory at `address`; bytes that belong to no entry are zero.
+
+    Without the GIL, on the calling thread and on those of `engine`.
+    """
+    position = 0
+    copies: list[tuple[int, int, int]] = []
+    begun: list[Source] = []
+    for segment in layout.segments(chunk):
+        if segment.chunk_offset > position:
+            ctypes.memset(address + position, 0, segment.chunk_offset - position)
+        source = sources[layout.sources[segment.entry]]
+        target = address + segment.chunk_offset
+        if isinstance(source, HostSource):
+            copies.append((source.address + segment.source_offset, target, segment.size_bytes))
+        else:
+            source.copy_to(target, segment.source_offset, segment.size_bytes)
+            begun.append(source)
+        position = segment.chunk_offset + segment.size_bytes
+    size = layout.chunks[chunk].size_bytes
+    if size > position:
+        ctypes.memset(address + position, 0, size - position)
+    if copies:
+        engine.copy(copies)
+    for source in begun:
+        source.finish()
+
+
+def _check_tensor(fragment: Fragment, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise CaptureError(
+            f"{fragment.key}: its tensor of shape {tuple(tensor.shape)} is not contiguous"
+        )
+    name = str(tensor.dtype).removeprefix("torch.")
+    if tensor.numel() != fragment.interval.count or name != fragment.dtype:
+        raise CaptureError(
+            f"{fragment.key}: the fragment is {fragment.interval.count} elements of "
+            f"{fragment.dtype}, the tensor {tensor.numel()} of {name}"
+        )

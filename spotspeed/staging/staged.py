@@ -1,0 +1,276 @@
+"""One save on its way from the training's memory to the saver: chunks, slots, futures."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from spotspeed.core.chunks import StreamLayout, pack
+from spotspeed.core.layout import Fragment
+from spotspeed.core.manifest import Manifest, Ticket
+from spotspeed.core.saver_protocol import Abandon, Begin, Chunks, End, Need
+from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
+from spotspeed.events import Sealed, Staged, Stalled, emit
+from spotspeed.staging.check import Window
+from spotspeed.staging.client import SaverSession
+from spotspeed.staging.native import CopyEngine
+from spotspeed.staging.sources import Source, fill_slot
+
+BATCH_BYTES = 16 * 1024 * 1024
+"""Filled chunks are handed to the saver in batches of about this size."""
+_STALL_MIN_S = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class StagingFacts:
+    """What staging one save took; `stalled_s` of `elapsed_s` were spent waiting for free slots."""
+
+    size_bytes: int
+    elapsed_s: float
+    stalled_s: float
+
+
+class StagedSave:
+    """One rank's part of a save.
+
+    `staging_completion`: the state is out of the training's memory and in the saver's hands, and
+    the tensors may change; a SIGKILL of this rank loses nothing any more. `stored_completion`:
+    this rank's shard and receipt are durable. `upload_completion`: the checkpoint is sealed at the
+    store; resolves to the manifest. All raise StorageError (disk full, saver died, abandoned) or
+    CaptureError; training can go on in every case.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        rank: int,
+        *,
+        contents: tuple[Sequence[Fragment], Sequence[Source]],
+        window: Window,
+        settings: CopySettings,
+    ) -> None:
+        self.ticket = ticket
+        self.rank = rank
+        self.size_bytes = sum(source.size_bytes for source in contents[1])
+        self.staging_completion: Future[StagingFacts] = Future()
+        self.stored_completion: Future[None] = Future()
+        self.upload_completion: Future[Manifest] = Future()
+        self.manifest_bytes: bytes | None = None
+        self._fragments, self._sources = contents
+        self._window: Window | None = window
+        self._settings = settings
+        self._began = time.monotonic()
+        self._stalled_s = 0.0
+        self._session: SaverSession | None = None
+        self._layout: StreamLayout | None = None
+        self._next = 0
+        self._filled: dict[int, int] = {}
+        self._sent = 0
+        self._lock = threading.Lock()
+        self._claim_lock = threading.Lock()
+        self._send_lock = threading.Lock()
+        self._is_over = False
+        for future in (self.staging_completion, self.stored_completion, self.upload_completion):
+            future.set_running_or_notify_cancel()
+
+    def wait_staged(self, timeout_s: float | None = None) -> bool:
+        """Wait until the tensors may change; the calling thread helps to copy meanwhile.
+
+        True when nothing will be copied any more, be it staged, failed or abandoned; False when
+        `timeout_s` passed before.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._settings.help(self, deadline)
+        remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            self.staging_completion.exception(remaining_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def verify_window(self) -> None:
+        """Check that nothing changed while it was staged; call before the tensors may change.
+
+        Raises CaptureError naming the fragments; then the save is abandoned, too.
+        """
+        window, self._window = self._window, None
+        if window is None or self.staging_completion.exception(0) is not None:
+            return
+        try:
+            window.verify()
+        except CaptureError as error:
+            self._end(error, tell=True)
+            raise
+
+    def abandon(self, reason: str) -> None:
+        """Give this save up; what was written of it is removed. Harmless when it is sealed."""
+        self._end(StorageError(f"{self.ticket.directory} was abandoned: {reason}"), tell=True)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is sealed, failed or abandoned."""
+        return self._is_over
+
+    def copy(self, deadline: float | None) -> None:
+        """Copy chunks until none is left, the save is over or `deadline` has passed."""
+        try:
+            while not self._is_over and self._copy_next(deadline):
+                pass
+        except SpotSpeedError as error:
+            self._end(error, tell=False)
+        except Exception as error:
+            wrapped = CaptureError(f"{self.ticket.directory}: copying failed: {error!r}")
+            wrapped.__cause__ = error
+            self._end(wrapped, tell=True)
+
+    def stored(self) -> None:
+        """The saver says: durable."""
+        if not self.stored_completion.done():
+            self.stored_completion.set_result(None)
+
+    def sealed(self, manifest: Manifest, stored_form: bytes) -> None:
+        """The saver says: sealed."""
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_over = True
+        self.manifest_bytes = stored_form
+        self.stored()
+        self.upload_completion.set_result(manifest)
+        if self.rank == 0:
+            ticket, elapsed_s = self.ticket, time.monotonic() - self._began
+            emit(Sealed(ticket.directory, ticket.tag, ticket.step, manifest.data_bytes, elapsed_s))
+
+    def failed(self, error: SpotSpeedError) -> None:
+        """The saver says, or its death: failed."""
+        self._end(error, tell=False)
+
+    def _copy_next(self, deadline: float | None) -> bool:
+        """Claim a chunk and a slot, copy it, send what is complete; False when there is none."""
+        timeout_s = -1 if deadline is None else max(0.0, deadline - time.monotonic())
+        if not self._claim_lock.acquire(timeout=timeout_s):
+            return False
+        try:
+            session, layout = self._open()
+            chunk = self._next
+            if chunk == len(layout.chunks):
+                return False
+            slot = self._take_slot(session, deadline)
+            if slot is None:
+                return False
+            self._next += 1
+        finally:
+            self._claim_lock.release()
+        address = session.slot_address(slot)
+        fill_slot(layout, self._sources, chunk, address, self._settings.engine)
+        with self._lock:
+            is_wanted = not self._is_over
+            if is_wanted:
+                self._filled[chunk] = slot
+        if not is_wanted:
+            session.pool.release([slot])
+            return False
+        self._send(session, layout, eager=session.pool.free_count == 0)
+        return True
+
+    def _open(self) -> tuple[SaverSession, StreamLayout]:
+        """Announce the save; called under the claim lock."""
+        if self._session is None or self._layout is None:
+            session = self._settings.session()
+            layout = pack(self._fragments, chunk_bytes=session.slot_bytes)
+            number = self._settings.number()
+            session.listen(number, self)
+            self._number = number
+            session.send(Begin(
+                number, self.ticket, self.rank, session.slot_bytes, len(layout.chunks),
+                layout.raw_bytes, self._settings.compression or "", tuple(self._fragments),
+            ))  # fmt: skip
+            with self._lock:
+                self._session, self._layout = session, layout
+                is_wanted = not self._is_over
+            if not is_wanted:
+                session.send(Abandon(number, "abandoned before it began"))
+            elif not layout.chunks:
+                self._finish(session)
+        return self._session, self._layout
+
+    def _take_slot(self, session: SaverSession, deadline: float | None) -> int | None:
+        """A free slot; when there is none, send what is filled and wait for the saver."""
+        slot = session.pool.acquire(timeout_s=0)
+        if slot is not None:
+            return slot
+        assert self._layout is not None
+        began = time.monotonic()
+        self._send(session, self._layout, eager=True)
+        session.send(Need(min(len(self._layout.chunks) - self._next, session.pool.slot_count)))
+        timeout_s = None if deadline is None else max(0.0, deadline - began)
+        slot = session.pool.acquire(give_up=lambda: self._is_over, timeout_s=timeout_s)
+        self._stalled_s += time.monotonic() - began
+        return slot
+
+    def _send(self, session: SaverSession, layout: StreamLayout, *, eager: bool) -> None:
+        """Hand over the filled chunks that follow those already sent."""
+        with self._send_lock:
+            with self._lock:
+                if self._is_over:
+                    return
+                stop = self._sent
+                while stop in self._filled:
+                    stop += 1
+                is_last = stop == len(layout.chunks)
+                size = sum(layout.chunks[chunk].size_bytes for chunk in range(self._sent, stop))
+                if stop == self._sent or not (eager or is_last or size >= BATCH_BYTES):
+                    return
+                first, self._sent = self._sent, stop
+                slots = tuple(self._filled.pop(chunk) for chunk in range(first, stop))
+            session.send(Chunks(self._number, first, slots))
+            if is_last:
+                self._finish(session)
+
+    def _finish(self, session: SaverSession) -> None:
+        """Everything is in the saver's hands."""
+        session.send(End(self._number))
+        elapsed_s = time.monotonic() - self._began
+        with self._lock:
+            if self._is_over or self.staging_completion.done():
+                return
+            facts = StagingFacts(self.size_bytes, elapsed_s, self._stalled_s)
+            self.staging_completion.set_result(facts)
+        self._sources = ()
+        emit(Staged(self.ticket.directory, self.rank, self.size_bytes, elapsed_s))
+        if self._stalled_s >= _STALL_MIN_S:
+            cause = "the staging pool was full and the saver still writing"
+            emit(Stalled(cause, self._stalled_s, self.ticket.step))
+
+    def _end(self, error: SpotSpeedError, *, tell: bool) -> None:
+        """Settle as failed; slots that the saver does not know of go back to the pool."""
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_over = True
+            slots, self._filled = list(self._filled.values()), {}
+            session = self._session
+        if session is not None:
+            session.pool.release(slots)
+            session.pool.wake()
+            if tell:
+                with contextlib.suppress(StorageError):
+                    session.send(Abandon(self._number, str(error)))
+        for future in (self.staging_completion, self.stored_completion, self.upload_completion):
+            if not future.done():
+                future.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
+class CopySettings:
+    """What a save needs of its stager."""
+
+    session: Callable[[], SaverSession]
+    number: Callable[[], int]
+    help: Callable[[StagedSave, float | None], None]
+    engine: CopyEngine
+    compression: str | None

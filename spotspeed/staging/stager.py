@@ -1,0 +1,218 @@
+"""Takes saves from the training and copies them, in order, into the arena of the node's saver."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from spotspeed.config import SpotSpeedConfig
+from spotspeed.core.layout import Fragment, TensorKey
+from spotspeed.core.manifest import Ticket
+from spotspeed.core.saver_protocol import Drained
+from spotspeed.staging.check import Window
+from spotspeed.staging.client import OnNotice, SaverSession, find_saver, open_session
+from spotspeed.staging.launch import rendezvous_url
+from spotspeed.staging.native import CopyEngine, cuda_available
+from spotspeed.staging.pool import (
+    available_memory_bytes,
+    choose_arena_bytes,
+    choose_slot_bytes,
+)
+from spotspeed.staging.sources import DeviceSource, gather
+from spotspeed.staging.staged import CopySettings, StagedSave
+
+if TYPE_CHECKING:
+    import torch
+
+URGENT_REASONS = frozenset({"notice", "explicit", "final"})
+"""Saves that are also copied by a thread of normal priority."""
+BACKGROUND_NICE = 10
+CLOSE_TIMEOUT_S = 5.0
+
+
+class Stager:
+    """One rank's way to the saver of its node for the store `url`; any thread may use it.
+
+    The saver is started and the arena reserved by `reserve`, or else by the first save. When a
+    saver dies, its saves fail, and the next one starts another.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        config: SpotSpeedConfig,
+        rank: int,
+        *,
+        local_world_size: int = 1,
+        on_notice: OnNotice | None = None,
+    ) -> None:
+        self.url = rendezvous_url(url)
+        self._config = config
+        self._rank = rank
+        self._local_world_size = local_world_size
+        self._on_notice = on_notice
+        self._share_bytes = 0
+        self._session: SaverSession | None = None
+        self._session_lock = threading.Lock()
+        self._owner: tuple[int, float] | None = None
+        self._numbers = itertools.count(1)
+        self._engine = CopyEngine(copy_threads(local_world_size), low_priority=True)
+        self._is_on_device = False
+        self._jobs: deque[StagedSave] = deque()
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._copier: threading.Thread | None = None
+
+    def reserve(self, share_bytes: int) -> None:
+        """Start or find the saver, and reserve the arena for saves of `share_bytes` by this rank.
+
+        Raises PoolExhaustedError when the node has no memory for the minimum, StorageError when
+        there is no saver to be had.
+        """
+        self._share_bytes = max(share_bytes, self._share_bytes)
+        self._open_session()
+
+    def stage(
+        self,
+        ticket: Ticket,
+        pieces: Sequence[tuple[Fragment, torch.Tensor]],
+        blobs: Mapping[TensorKey, bytes],
+    ) -> StagedSave:
+        """Begin to copy a save; returns before the bytes are copied.
+
+        `pieces` are fragments with 1-D contiguous tensors of exactly their elements, `blobs`
+        become one-dimensional uint8 tensors. The tensors may not change until
+        `StagedSave.wait_staged`. Raises CaptureError for a tensor that is not its fragment; all
+        other failures come out of the futures.
+        """
+        fragments, sources = gather(pieces, blobs)
+        self._is_on_device |= any(isinstance(source, DeviceSource) for source in sources)
+        seed = zlib.crc32(ticket.digest, self._rank)
+        save = StagedSave(
+            ticket, self._rank, contents=(fragments, sources),
+            window=Window(fragments, sources, self._config.staging.check, seed=seed),
+            settings=CopySettings(
+                self._open_session, lambda: next(self._numbers), self._help,
+                self._engine, self._config.compression,
+            ),
+        )  # fmt: skip
+        self._share_bytes = max(self._share_bytes, save.size_bytes)
+        with self._changed:
+            if self._is_closed:
+                raise RuntimeError("the stager is closed")
+            self._jobs.append(save)
+            self._changed.notify_all()
+            if self._copier is None:
+                self._copier = threading.Thread(
+                    target=self._copy_all, name="spotspeed-stager", daemon=True
+                )
+                self._copier.start()
+        if ticket.reason in URGENT_REASONS:
+            name = "spotspeed-stager-urgent"
+            threading.Thread(target=self._help, args=(save, None), name=name, daemon=True).start()
+        return save
+
+    def drain(
+        self,
+        before_epoch: int,
+        *,
+        timeout_s: float,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Drained | None:
+        """Wait until a saver that an older launch left on this node has written what it holds.
+
+        Covers saves of epochs below `before_epoch`; None when no saver is running. Raises
+        StorageError after `timeout_s`; `on_progress(saves_left, bytes_left)` is called meanwhile.
+        """
+        session = find_saver(self.url)
+        if session is None:
+            return None
+        with contextlib.closing(session):
+            return session.drain(before_epoch, timeout_s=timeout_s, on_progress=on_progress)
+
+    def renew_owner(self, epoch: int, *, period_s: float) -> None:
+        """Let the saver renew the owner record of `epoch` while this rank or its saves live.
+
+        Begins with the session, that is after `reserve` or the first save.
+        """
+        with self._session_lock:
+            self._owner = (epoch, period_s)
+            if self._session is not None and self._session.is_alive:
+                self._session.renew_owner(epoch, period_s=period_s)
+
+    def close(self, *, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Stop; saves already staged are finished by the saver, whose answers are awaited.
+
+        Waits up to `timeout_s` for them. Idempotent.
+        """
+        with self._changed:
+            self._is_closed = True
+            jobs = list(self._jobs)
+            self._changed.notify_all()
+        for job in jobs:
+            if not job.staging_completion.done():
+                job.abandon("the stager was closed before it was staged")
+        with self._session_lock:
+            session, self._session = self._session, None
+        if session is not None:
+            session.close(timeout_s=timeout_s)
+
+    def _open_session(self) -> SaverSession:
+        with self._session_lock:
+            if self._session is not None and self._session.is_alive:
+                return self._session
+            memory_gb = self._config.staging.host_memory_gb
+            arena_bytes = choose_arena_bytes(
+                self._share_bytes,
+                host_memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
+                available_bytes=available_memory_bytes(),
+                local_world_size=self._local_world_size,
+            )
+            self._session = open_session(
+                self.url, rank=self._rank, arena_bytes=arena_bytes,
+                slot_bytes=choose_slot_bytes(self._share_bytes), on_notice=self._on_notice,
+            )  # fmt: skip
+            if self._is_on_device and cuda_available():
+                self._session.arena.pin()
+            if self._owner is not None:
+                self._session.renew_owner(self._owner[0], period_s=self._owner[1])
+            return self._session
+
+    def _copy_all(self) -> None:
+        """Body of the background thread: copy the saves in order, at low priority."""
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICE)
+        while (job := self._first()) is not None:
+            job.copy(None)
+            with self._changed:
+                if self._jobs and self._jobs[0] is job:
+                    self._jobs.popleft()
+
+    def _first(self) -> StagedSave | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._is_closed)
+            return self._jobs[0] if self._jobs else None
+
+    def _help(self, save: StagedSave, deadline: float | None) -> None:
+        """Copy on the calling thread what comes before `save`, and `save` itself."""
+        with self._changed:
+            jobs = list(self._jobs)
+        for job in jobs if save in jobs else ():
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            job.copy(deadline)
+            if job is save:
+                return
+
+
+def copy_threads(local_world_size: int) -> int:
+    """Copying threads of one rank, besides the stager's own: a part of its share of the cores."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(4, cores // local_world_size // 4))
