@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from spotspeed.checkpoint.sealed import OpenShard, listed, place
 from spotspeed.codec import check_digest, decode
-from spotspeed.core.format import CODEC_RAW
+from spotspeed.core.format import CODEC_RAW, FRAME_ALIGNMENT
 from spotspeed.core.index import ChunkRecord
 from spotspeed.core.reshard import Transfer
 from spotspeed.errors import FormatError
@@ -21,6 +21,7 @@ DIRECT_BYTES = 1024 * 1024
 """A run of raw chunks is read straight into its target from this size on; shorter ones are copied,
 so that they can share a read with their neighbours."""
 
+_ZEROS = bytes(FRAME_ALIGNMENT)
 _thread = threading.local()
 
 
@@ -103,9 +104,12 @@ def fetch(storage: Storage, span: Span, targets: Sequence[memoryview]) -> int:
         buffer = _scratch(span.size_bytes)
     with listed(storage, span.shard.path):
         storage.read_into(span.shard.path, span.file_offset, buffer)
+    reach = 0
     for chunk in span.chunks:
         record, key = chunk.record, f"{source}#chunk {chunk.number}"
         offset = record.file_offset - span.file_offset
+        check_padding(buffer[reach:offset], f"{source}: before chunk {chunk.number}")
+        reach = offset + record.stored_size
         frame = buffer[offset : offset + record.stored_size]
         check_digest(frame, record.stored_digest, key=key)
         if not span.is_direct:
@@ -118,6 +122,12 @@ def unpack(frame: memoryview, record: ChunkRecord, out: memoryview, *, key: str)
     decode(record.codec, frame, out, key=key)
     if record.raw_digest is not None:
         check_digest(out, record.raw_digest, key=f"{key} (decoded)")
+
+
+def check_padding(gap: memoryview, where: str) -> None:
+    """Raise FormatError unless `gap`, less than a page between two frames, is zero."""
+    if gap != _ZEROS[: len(gap)]:
+        raise FormatError(f"{where}: the padding is not zero")
 
 
 def _deliver(

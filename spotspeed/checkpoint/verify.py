@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from spotspeed.checkpoint.fetch import SPAN_BYTES, unpack
+from spotspeed.checkpoint.fetch import SPAN_BYTES, check_padding, unpack
 from spotspeed.checkpoint.sealed import (
     OpenShard,
     in_parallel,
@@ -114,12 +114,14 @@ def _damages(storage: Storage, shard: OpenShard) -> Iterator[CorruptionError]:
             yield from _header_damage(shard, view[:HEADER_BYTES], source)
             reach = HEADER_BYTES
         for number, record in group:
-            yield from _padding_damage(view, position, reach, record.file_offset, source)
+            gap = view[reach - position : record.file_offset - position]
+            yield from _caught(check_padding, gap, f"{source}: before chunk {number}")
             frame = view[record.file_offset - position : record.file_stop - position]
-            yield from _chunk_damage(frame, record, f"{source}#chunk {number}")
+            yield from _caught(_check_chunk, frame, record, f"{source}#chunk {number}")
             reach = record.file_stop
         if not group:
-            yield from _padding_damage(view, position, reach, stop, source)
+            gap = view[reach - position :]
+            yield from _caught(check_padding, gap, f"{source}: before the index")
         position = stop
 
 
@@ -151,20 +153,15 @@ def _header_damage(shard: OpenShard, data: memoryview, source: str) -> Iterator[
         yield FormatError(f"{source}: the header is of another shard")
 
 
-def _padding_damage(
-    view: memoryview, position: int, start: int, stop: int, source: str
-) -> Iterator[CorruptionError]:
-    if any(view[start - position : stop - position]):
-        yield FormatError(f"{source}: the padding in bytes [{start}, {stop}) is not zero")
+def _check_chunk(frame: memoryview, record: ChunkRecord, key: str) -> None:
+    check_digest(frame, record.stored_digest, key=key)
+    if record.codec != CODEC_RAW:
+        unpack(frame, record, memoryview(bytearray(record.raw_size)), key=key)
 
 
-def _chunk_damage(
-    frame: memoryview, record: ChunkRecord, key: str
-) -> Iterator[CorruptionError]:
+def _caught(check: Callable[..., None], *arguments: object) -> Iterator[CorruptionError]:
     try:
-        check_digest(frame, record.stored_digest, key=key)
-        if record.codec != CODEC_RAW:
-            unpack(frame, record, memoryview(bytearray(record.raw_size)), key=key)
+        check(*arguments)
     except CorruptionError as error:
         yield error
 
