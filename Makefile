@@ -3,8 +3,8 @@
 # make check    lint, types, house rules
 # make bench    every benchmark, one after the other
 # make venv     the environment alone (.venv, from constraints.txt)
-# Also: test-full (adds the tests that take long), soak (crash and property tests with new seeds for
-# SOAK_MINUTES), sanitize (C++ tests under ASan+UBSan and TSan), wheel, clean, distclean.
+# Also: test-full (adds the tests that take long), soak (crash and property tests with new seeds
+# for SOAK_MINUTES), sanitize (C++ tests under ASan+UBSan and TSan), wheel, clean, distclean.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -19,7 +19,7 @@ TEST_ARGS ?=
 SOAK_MINUTES ?= 60
 SANITIZE_DIR := build/sanitize
 
-# The versions of constraints.txt hold in isolated builds too, so that nothing fetches another torch.
+# The versions of constraints.txt hold in isolated builds too: nothing fetches another torch.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed compiles its operators with the tools of the environment, into the tree.
@@ -30,7 +30,8 @@ export OMP_NUM_THREADS ?= 1
 
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
 
-.PHONY: demo test test-full check lint types tidy bench soak sanitize venv prewarm wheel clean distclean
+.PHONY: demo test test-full check lint types tidy bench soak sanitize venv prewarm wheel clean \
+  distclean
 
 demo: venv prewarm
 	$(PYTHON) examples/demo.py
@@ -74,8 +75,6 @@ sanitize:
 
 wheel: venv
 	$(PYTHON) -m pip wheel --no-deps -w dist .
-
-# -- environment -------------------------------------------------------------------------------------
 
 venv: $(STAMPS)/extension
 

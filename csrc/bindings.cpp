@@ -72,9 +72,7 @@ using PlaneFunction = void (*)(const std::byte*, std::byte*, std::size_t, std::s
 
 template <PlaneFunction Function>
 void transform_planes(const py::object& source, const py::object& target, std::size_t item_bytes) {
-  if (item_bytes != 2 && item_bytes != 4 && item_bytes != 8) {
-    throw py::value_error("item_bytes must be 2, 4 or 8, not " + std::to_string(item_bytes));
-  }
+  check_item_bytes(item_bytes);
   const View from(source, "source", false), to(target, "target", true);
   if (from.size() != to.size() || from.size() % item_bytes != 0) {
     throw py::value_error("source holds " + std::to_string(from.size()) + " bytes and target " +
@@ -141,9 +139,7 @@ class DeviceHandle {
 
 void check_device_planes(std::uint64_t source, std::uint64_t target, std::size_t item_bytes,
                          std::size_t count) {
-  if (item_bytes != 2 && item_bytes != 4 && item_bytes != 8) {
-    throw py::value_error("item_bytes must be 2, 4 or 8, not " + std::to_string(item_bytes));
-  }
+  check_item_bytes(item_bytes);
   if (count > std::numeric_limits<std::size_t>::max() / item_bytes) {
     throw py::value_error("count is too large");
   }
@@ -197,7 +193,8 @@ void bind_arena(py::module_& module) {
       .def("prefault", &Arena::prefault, py::arg("offset"), py::arg("size_bytes"),
            py::call_guard<py::gil_scoped_release>())
       .def_property_readonly(
-          "address", [](const Arena& arena) { return reinterpret_cast<std::uintptr_t>(arena.data()); })
+          "address",
+          [](const Arena& arena) { return reinterpret_cast<std::uintptr_t>(arena.data()); })
       .def_property_readonly("size_bytes", &Arena::size)
       .def_property_readonly("fd", &Arena::fd)
       .def_property_readonly("huge_pages", &Arena::huge_pages)

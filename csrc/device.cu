@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "device.h"
+#include "planes.h"
 
 namespace spotspeed {
 namespace {
@@ -196,12 +197,6 @@ void launch_planes(Kernel kernel, std::uint64_t source, std::uint64_t target, st
   check(cudaGetLastError(), "byte-plane kernel");
 }
 
-void check_item_bytes(std::size_t item_bytes) {
-  if (item_bytes != 2 && item_bytes != 4 && item_bytes != 8) {
-    throw std::invalid_argument("item_bytes must be 2, 4 or 8, not " + std::to_string(item_bytes));
-  }
-}
-
 }  // namespace
 
 struct DeviceCopyEngine::State {
@@ -308,9 +303,13 @@ void split_planes_device(std::uint64_t source, std::uint64_t target, std::size_t
   check_item_bytes(item_bytes);
   if (count == 0) return;
   const CurrentDevice current(device_of(target));
-  if (item_bytes == 2) return launch_planes(split_kernel<2>, source, target, count, stream);
-  if (item_bytes == 4) return launch_planes(split_kernel<4>, source, target, count, stream);
-  launch_planes(split_kernel<8>, source, target, count, stream);
+  switch (item_bytes) {
+    case 1: return launch_planes(split_kernel<1>, source, target, count, stream);
+    case 2: return launch_planes(split_kernel<2>, source, target, count, stream);
+    case 4: return launch_planes(split_kernel<4>, source, target, count, stream);
+    case 8: return launch_planes(split_kernel<8>, source, target, count, stream);
+    default: return launch_planes(split_kernel<16>, source, target, count, stream);
+  }
 }
 
 void join_planes_device(std::uint64_t source, std::uint64_t target, std::size_t item_bytes,
@@ -318,9 +317,13 @@ void join_planes_device(std::uint64_t source, std::uint64_t target, std::size_t 
   check_item_bytes(item_bytes);
   if (count == 0) return;
   const CurrentDevice current(device_of(target));
-  if (item_bytes == 2) return launch_planes(join_kernel<2>, source, target, count, stream);
-  if (item_bytes == 4) return launch_planes(join_kernel<4>, source, target, count, stream);
-  launch_planes(join_kernel<8>, source, target, count, stream);
+  switch (item_bytes) {
+    case 1: return launch_planes(join_kernel<1>, source, target, count, stream);
+    case 2: return launch_planes(join_kernel<2>, source, target, count, stream);
+    case 4: return launch_planes(join_kernel<4>, source, target, count, stream);
+    case 8: return launch_planes(join_kernel<8>, source, target, count, stream);
+    default: return launch_planes(join_kernel<16>, source, target, count, stream);
+  }
 }
 
 }  // namespace spotspeed

@@ -14,7 +14,9 @@ void check_pack(const std::vector<PackItem>& items, std::size_t target_size) {
   for (std::size_t i = 0; i < items.size(); ++i) {
     const PackItem& item = items[i];
     if (item.size == 0) continue;
-    if (item.source == 0) throw std::invalid_argument("item " + std::to_string(i) + ": null source");
+    if (item.source == 0) {
+      throw std::invalid_argument("item " + std::to_string(i) + ": null source");
+    }
     if (item.target_offset > target_size || item.size > target_size - item.target_offset) {
       throw std::invalid_argument("item " + std::to_string(i) + ": bytes [" +
                               std::to_string(item.target_offset) + ", +" +

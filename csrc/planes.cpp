@@ -1,5 +1,6 @@
 #include "planes.h"
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -11,12 +12,6 @@
 
 namespace spotspeed {
 namespace {
-
-void check_item_bytes(std::size_t item_bytes) {
-  if (item_bytes != 2 && item_bytes != 4 && item_bytes != 8) {
-    throw std::invalid_argument("item_bytes must be 2, 4 or 8, not " + std::to_string(item_bytes));
-  }
-}
 
 // Items [first, count); `count` stays the distance between planes.
 template <std::size_t Item>
@@ -192,30 +187,49 @@ bool has_avx2() {
 #endif
 }
 
+void check_item_bytes(std::size_t item_bytes) {
+  for (const std::size_t known : {1, 2, 4, 8, 16}) {
+    if (item_bytes == known) return;
+  }
+  throw std::invalid_argument("item_bytes must be 1, 2, 4, 8 or 16, not " +
+                              std::to_string(item_bytes));
+}
+
 void split_planes_scalar(const std::byte* source, std::byte* target, std::size_t item_bytes,
                          std::size_t count) {
   check_item_bytes(item_bytes);
-  if (item_bytes == 2) return split_from<2>(source, target, count, 0);
-  if (item_bytes == 4) return split_from<4>(source, target, count, 0);
-  split_from<8>(source, target, count, 0);
+  switch (item_bytes) {
+    case 1: return split_from<1>(source, target, count, 0);
+    case 2: return split_from<2>(source, target, count, 0);
+    case 4: return split_from<4>(source, target, count, 0);
+    case 8: return split_from<8>(source, target, count, 0);
+    default: return split_from<16>(source, target, count, 0);
+  }
 }
 
 void join_planes_scalar(const std::byte* source, std::byte* target, std::size_t item_bytes,
                         std::size_t count) {
   check_item_bytes(item_bytes);
-  if (item_bytes == 2) return join_from<2>(source, target, count, 0);
-  if (item_bytes == 4) return join_from<4>(source, target, count, 0);
-  join_from<8>(source, target, count, 0);
+  switch (item_bytes) {
+    case 1: return join_from<1>(source, target, count, 0);
+    case 2: return join_from<2>(source, target, count, 0);
+    case 4: return join_from<4>(source, target, count, 0);
+    case 8: return join_from<8>(source, target, count, 0);
+    default: return join_from<16>(source, target, count, 0);
+  }
 }
 
+// The vector loops stop at the last whole step; the plain loop does what is left.
 void split_planes(const std::byte* source, std::byte* target, std::size_t item_bytes,
                   std::size_t count) {
 #if defined(SPOTSPEED_AVX2)
   if (has_avx2()) {
-    check_item_bytes(item_bytes);
-    if (item_bytes == 2) return split_from<2>(source, target, count, split2(source, target, count));
-    if (item_bytes == 4) return split_from<4>(source, target, count, split4(source, target, count));
-    return split_from<8>(source, target, count, split8(source, target, count));
+    switch (item_bytes) {
+      case 2: return split_from<2>(source, target, count, split2(source, target, count));
+      case 4: return split_from<4>(source, target, count, split4(source, target, count));
+      case 8: return split_from<8>(source, target, count, split8(source, target, count));
+      default: break;
+    }
   }
 #endif
   split_planes_scalar(source, target, item_bytes, count);
@@ -225,10 +239,12 @@ void join_planes(const std::byte* source, std::byte* target, std::size_t item_by
                  std::size_t count) {
 #if defined(SPOTSPEED_AVX2)
   if (has_avx2()) {
-    check_item_bytes(item_bytes);
-    if (item_bytes == 2) return join_from<2>(source, target, count, join2(source, target, count));
-    if (item_bytes == 4) return join_from<4>(source, target, count, join4(source, target, count));
-    return join_from<8>(source, target, count, join8(source, target, count));
+    switch (item_bytes) {
+      case 2: return join_from<2>(source, target, count, join2(source, target, count));
+      case 4: return join_from<4>(source, target, count, join4(source, target, count));
+      case 8: return join_from<8>(source, target, count, join8(source, target, count));
+      default: break;
+    }
   }
 #endif
   join_planes_scalar(source, target, item_bytes, count);

@@ -12,14 +12,18 @@
 
 namespace spotspeed {
 
+// Throws std::invalid_argument unless items of this size are known: 1, 2, 4, 8 or 16 bytes.
+// Every function here starts with it.
+void check_item_bytes(std::size_t item_bytes);
+
 // The byte-by-byte definition; the vector paths and the kernels must agree with it exactly.
 void split_planes_scalar(const std::byte* source, std::byte* target, std::size_t item_bytes,
                          std::size_t count);
 void join_planes_scalar(const std::byte* source, std::byte* target, std::size_t item_bytes,
                         std::size_t count);
 
-// The fastest path of this processor. `item_bytes` is 2, 4 or 8 (std::invalid_argument if not);
-// source and target hold item_bytes * count bytes each and must not overlap.
+// The fastest path of this processor: AVX2 for items of 2, 4 and 8 bytes where it has that.
+// Source and target hold item_bytes * count bytes each and must not overlap.
 void split_planes(const std::byte* source, std::byte* target, std::size_t item_bytes,
                   std::size_t count);
 void join_planes(const std::byte* source, std::byte* target, std::size_t item_bytes,

@@ -27,7 +27,9 @@ def is_open_anywhere(path: Path) -> bool:
 
 def remove_stale_locks(root: Path) -> list[Path]:
     """Remove the lock files under `root` that nobody holds; return them."""
-    stale = [path for path in sorted(root.glob("*/lock")) if not is_open_anywhere(path)]
+    # Another user's processes cannot be looked into, so another user's lock is left alone.
+    own = [path for path in sorted(root.glob("*/lock")) if path.stat().st_uid == os.getuid()]
+    stale = [path for path in own if not is_open_anywhere(path)]
     for path in stale:
         path.unlink(missing_ok=True)
     return stale
