@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spotspeed.checkpoint.commit import try_seal
 from spotspeed.checkpoint.shard import ShardWriter
 from spotspeed.codec import RAW, CodecPolicy
 from spotspeed.core.chunks import StreamLayout, pack
@@ -183,3 +184,38 @@ def zero_split() -> Callable[[Tensors, int], list[list[Fragment]]]:
 @pytest.fixture
 def model_tensors() -> Callable[..., Tensors]:
     return make_tensors
+
+
+Saver = Callable[..., Ticket]
+
+
+@pytest.fixture
+def save_small() -> Saver:
+    """Writes shards and receipts of a tiny save: save(storage, epoch, step, ranks=, ...)."""
+
+    def save(
+        storage: Storage, epoch: int, step: int, *, ranks: Sequence[int] | None = None,
+        world_size: int = 2, **changes: Any,
+    ) -> Ticket:  # fmt: skip
+        changes.setdefault("tag", f"global_step{step}")
+        ticket = make_ticket(world_size, epoch=epoch, step=step, **changes)
+        key = TensorKey("fp32", "weight")
+        tensors: Tensors = {key: ("float32", np.full(8 * world_size, step, np.float32))}
+        parts = split(tensors, world_size)
+        for rank in range(world_size) if ranks is None else ranks:
+            write_shard(storage, ticket, rank, parts[rank], tensors)
+        return ticket
+
+    return save
+
+
+@pytest.fixture
+def seal_small(save_small: Saver) -> Saver:
+    """Like `save_small`, and seals it."""
+
+    def seal(storage: Storage, epoch: int, step: int, **changes: Any) -> Ticket:
+        ticket = save_small(storage, epoch, step, **changes)
+        assert try_seal(storage, ticket) is not None
+        return ticket
+
+    return seal
