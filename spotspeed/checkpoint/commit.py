@@ -147,6 +147,8 @@ def _point_latest(storage: Storage, manifest: Manifest) -> None:
     ticket = manifest.ticket
     try:
         current = read_latest(storage)
+        if current == (ticket.directory, manifest.digest):
+            return
         if current is not None and _is_newer(storage, current[0], ticket):
             return
         hint = {"directory": ticket.directory, "digest": manifest.digest, "tag": ticket.tag,

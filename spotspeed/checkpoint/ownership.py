@@ -196,9 +196,9 @@ def read_restored(storage: Storage, epoch: int) -> Place | None:
 def read_epochs(storage: Storage) -> Epochs:
     """The newest epoch that was claimed and those that recorded where they began."""
     found = [_EPOCH_KEY.fullmatch(info.key) for info in storage.list(EPOCHS)]
-    claimed = [int(match[1]) for match in found if match and not match[2]]
+    known = [int(match[1]) for match in found if match]
     recorded = frozenset(int(match[1]) for match in found if match and match[2])
-    return Epochs(max(claimed, default=0), recorded)
+    return Epochs(max(known, default=0), recorded)
 
 
 def _wait_for_turn(

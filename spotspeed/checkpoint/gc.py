@@ -1,0 +1,69 @@
+"""Removes what core/retention.py says may go: the manifest first, so that a crash tears nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spotspeed.checkpoint.catalog import Catalog, CheckpointInfo, scan
+from spotspeed.checkpoint.ownership import read_epochs
+from spotspeed.core.lineage import place_of
+from spotspeed.core.manifest import MANIFEST_FILE
+from spotspeed.core.retention import Keep, Removal, Sealed, Unfinished, plan_removal
+from spotspeed.errors import OwnedError
+from spotspeed.storage.contract import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What was removed, or would be in a dry run."""
+
+    removals: tuple[Removal, ...]
+    size_bytes: int
+    """Bytes of the objects that went; 0 for a directory that somebody else removed meanwhile."""
+
+
+def collect(storage: Storage, keep: Keep, *, epoch: int, dry_run: bool = False) -> Collected:
+    """Apply the rule on behalf of `epoch`, which must be the newest one.
+
+    Only the launch that owns the path may call it, or a command line that has made sure that
+    nobody does (`ownership.living_owner`). Raises OwnedError when a later epoch has begun, before
+    anything is removed; StorageError leaves a part of a directory, which a later run removes.
+    """
+    catalog = scan(storage)
+    removals = plan_removal(_sealed(catalog), _unfinished(catalog), keep=keep, epoch=epoch)
+    size_bytes = 0
+    for removal in removals:
+        if not dry_run:
+            _check_newest(storage, epoch)
+        size_bytes += sum(info.size_bytes for info in storage.list(removal.directory))
+        if not dry_run:
+            _remove(storage, removal)
+    return Collected(removals, size_bytes)
+
+
+def _remove(storage: Storage, removal: Removal) -> None:
+    # From here on it is no checkpoint any more; a crash leaves an unfinished directory at worst.
+    storage.delete(f"{removal.directory}/{MANIFEST_FILE}")
+    storage.delete_prefix(removal.directory)
+
+
+def _check_newest(storage: Storage, epoch: int) -> None:
+    newest = read_epochs(storage).newest
+    if newest > epoch:
+        raise OwnedError(
+            f"{storage.url}: epoch {newest} has begun, so epoch {epoch} removes nothing any more"
+        )
+
+
+def _sealed(catalog: Catalog) -> list[Sealed]:
+    def seen(info: CheckpointInfo, is_on_lineage: bool) -> Sealed:
+        return Sealed(info.directory, info.epoch, info.step, info.reason, is_on_lineage)
+
+    both = [seen(info, True) for info in catalog.sealed]
+    both += [seen(info, False) for info in catalog.off_lineage]
+    return sorted(both, key=lambda item: (item.epoch, item.step, item.directory), reverse=True)
+
+
+def _unfinished(catalog: Catalog) -> list[Unfinished]:
+    places = ((name, place_of(name)) for name in catalog.unsealed)
+    return [Unfinished(name, place.epoch) for name, place in places if place is not None]

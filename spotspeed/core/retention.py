@@ -1,0 +1,115 @@
+"""Which checkpoints may go: the `keep` rule, and what an interrupted save or a lost epoch left.
+
+Explicit saves stay until the user removes them. The newest sealed checkpoint stays whatever the
+rule says, and nothing of the epoch that is running is touched before it is sealed. What older
+epochs left behind goes once the running one has sealed something, so that there is always
+something newer than what is removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_BY_RULE = frozenset({"periodic", "notice", "final"})
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The rule: the newest `last`, and for ever the first at or after each `every_steps`."""
+
+    last: int
+    every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.last < 1 or (self.every_steps is not None and self.every_steps < 1):
+            raise ValueError(f"keep.last {self.last}, keep.every_steps {self.every_steps}")
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A sealed checkpoint, as the rule sees it; `is_on_lineage` as in core/lineage.py."""
+
+    directory: str
+    epoch: int
+    step: int
+    reason: str
+    is_on_lineage: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A directory without a manifest."""
+
+    directory: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A directory to remove, and why; a sealed one loses its manifest first."""
+
+    directory: str
+    reason: str
+    is_sealed: bool
+
+
+def plan_removal(
+    sealed: Sequence[Sealed], unfinished: Iterable[Unfinished], *, keep: Keep, epoch: int
+) -> tuple[Removal, ...]:
+    """What may be removed while `epoch` is the running one, oldest first.
+
+    `sealed` is newest first. Nothing of an epoch later than `epoch` is named: a launch that has
+    been taken over removes nothing.
+    """
+    newest_here = max((item.epoch for item in sealed), default=0)
+    if newest_here > epoch:
+        return ()
+    on_lineage = [item for item in sealed if item.is_on_lineage]
+    stays = _stays(on_lineage, keep) | _last_resort(sealed, on_lineage, epoch)
+    removals = [
+        Removal(item.directory, f"beyond keep.last = {keep.last}", True)
+        for item in on_lineage
+        if item.reason in _BY_RULE and item.directory not in stays
+    ]
+    if any(item.epoch == epoch for item in sealed):
+        removals += [
+            Removal(item.directory, f"not on the way to epoch {epoch}", True)
+            for item in sealed
+            if not item.is_on_lineage
+            and item.epoch < epoch
+            and item.reason in _BY_RULE
+            and item.directory not in stays
+        ]
+        removals += [
+            Removal(item.directory, f"left unfinished by epoch {item.epoch}", False)
+            for item in unfinished
+            if item.epoch < epoch
+        ]
+    return tuple(sorted(removals, key=lambda removal: removal.directory))
+
+
+def _stays(newest_first: Sequence[Sealed], keep: Keep) -> set[str]:
+    """Directories on the lineage that the rule keeps."""
+    ruled = [item for item in newest_first if item.reason in _BY_RULE]
+    stays = {item.directory for item in [*newest_first[:1], *ruled[: keep.last]]}
+    if keep.every_steps is not None:
+        first_of: dict[int, str] = {}
+        for item in ruled:
+            # Newest first: the last one written to a bucket is the earliest in it, and stays the
+            # earliest when the others of the bucket are removed.
+            first_of[item.step // keep.every_steps] = item.directory
+        first_of.pop(0, None)
+        stays.update(first_of.values())
+    return stays
+
+
+def _last_resort(sealed: Sequence[Sealed], on_lineage: Sequence[Sealed], epoch: int) -> set[str]:
+    """The newest checkpoint of a history that this epoch did not continue, if it began anew.
+
+    A script that forgot to restore must not cost the run that it should have continued.
+    """
+    if any(item.epoch < epoch for item in on_lineage):
+        return set()
+    others = [item.directory for item in sealed if item.epoch < epoch]
+    return set(others[:1])
