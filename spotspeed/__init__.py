@@ -10,19 +10,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spotspeed.checkpointer import Checkpointer, Restored, attach
+    from spotspeed.checkpoint.opened import OpenedCheckpoint, list_checkpoints, open_checkpoint
+    from spotspeed.checkpoint.queue import SaveHandle
+    from spotspeed.checkpoint.restore import Restored
+    from spotspeed.checkpointer import Checkpointer, attach
     from spotspeed.errors import SpotSpeedError
+    from spotspeed.launch import install
+    from spotspeed.state.workers import worker_init_fn
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Checkpointer": "spotspeed.checkpointer",
-    "Restored": "spotspeed.checkpointer",
+    "OpenedCheckpoint": "spotspeed.checkpoint.opened",
+    "Restored": "spotspeed.checkpoint.restore",
+    "SaveHandle": "spotspeed.checkpoint.queue",
     "SpotSpeedError": "spotspeed.errors",
     "attach": "spotspeed.checkpointer",
+    "install": "spotspeed.launch",
+    "list_checkpoints": "spotspeed.checkpoint.opened",
+    "open_checkpoint": "spotspeed.checkpoint.opened",
+    "worker_init_fn": "spotspeed.state.workers",
 }
 
-__all__ = ["Checkpointer", "Restored", "SpotSpeedError", "__version__", "attach"]
+__all__ = [
+    "Checkpointer",
+    "OpenedCheckpoint",
+    "Restored",
+    "SaveHandle",
+    "SpotSpeedError",
+    "__version__",
+    "attach",
+    "install",
+    "list_checkpoints",
+    "open_checkpoint",
+    "worker_init_fn",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -56,7 +56,9 @@ class Checkpointer:
         self._exit = ExitWatch(self._close_at_exit)
         self._binding = boundary.bind(engine, self)
         self._binding.watches_forward = True
-        self._session.stager.reserve(share_bytes(self._provider, self._small))
+        self._small.record()
+        record = self._small.snapshot(int(engine.global_steps))
+        self._session.stager.reserve(share_bytes(self._provider, self._small, record))
         events.emit(events.Attached(self._session.storage.url, self._session.epoch, self.rank,
                                     self.world_size, self._provider.name))  # fmt: skip
 

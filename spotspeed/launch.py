@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 from spotspeed.checkpointer import attach
@@ -34,12 +35,9 @@ def _attach_new(engine: Any) -> None:
 
 def _is_built_by_framework() -> bool:
     """Whether a module of a framework is among the callers of the engine's constructor."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package in _FRAMEWORKS:
+        if frame.f_globals.get("__name__", "").partition(".")[0] in _FRAMEWORKS:
             return True
-        if frame.f_back is None:
-            return False
         frame = frame.f_back
     return False

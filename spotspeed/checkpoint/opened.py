@@ -9,12 +9,11 @@ import numpy as np
 
 from spotspeed.checkpoint.catalog import CheckpointInfo, find, list_sealed
 from spotspeed.checkpoint.reader import CheckpointReader
-from spotspeed.core.layout import KIND_BUFFER, KIND_MASTER, KIND_WEIGHT, TensorKey
+from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, KIND_MASTER, KIND_WEIGHT, TensorKey
 from spotspeed.core.manifest import Manifest
 from spotspeed.errors import InvalidLayoutError
 from spotspeed.storage import open_storage
 
-KIND_BLOB = "blob"
 _KIND_ORDER = (KIND_MASTER, KIND_WEIGHT, KIND_BUFFER)
 
 

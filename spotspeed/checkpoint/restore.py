@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +12,16 @@ from spotspeed import events
 from spotspeed.checkpoint.agreement import Exchange, Verdict, raise_first, share, vote
 from spotspeed.checkpoint.catalog import CheckpointInfo, find, list_sealed
 from spotspeed.checkpoint.reader import CheckpointReader
-from spotspeed.checkpoint.save import JOB_KEY, KIND_BLOB, rank_key
+from spotspeed.checkpoint.save import JOB_KEY, rank_key
 from spotspeed.core import plain
-from spotspeed.core.layout import KIND_BUFFER, Fragment, StoredTensor, TensorKey
+from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, Fragment, StoredTensor, TensorKey
 from spotspeed.errors import CorruptionError, SpotSpeedError, UnsupportedLayoutError
 from spotspeed.state.plain_tensors import from_plain
 from spotspeed.state.provider import Piece, StateProvider
 from spotspeed.state.small import SmallState
 from spotspeed.storage.contract import Storage
 
+_logger = logging.getLogger("spotspeed")
 _FALLS_BACK = (CorruptionError, UnsupportedLayoutError)
 """Objections to one checkpoint that an older one may not meet."""
 
@@ -156,7 +158,8 @@ def _request(piece: Piece) -> tuple[Fragment, memoryview]:
 
 def _finish(seat: Seat, offer: dict[str, Any], read: _Read, began: float) -> Restored:
     seat.provider.finish_restore()
-    seat.small.apply(read.job, read.rank_state, written_by=offer["world_size"])
+    for note in seat.small.apply(read.job, read.rank_state, written_by=offer["world_size"]):
+        _logger.warning("%s: %s", offer["directory"], note)
     elapsed_s = time.monotonic() - began
     events.emit(events.Resumed(offer["directory"], offer["step"], offer["world_size"],
                                seat.world_size, read.size_bytes, elapsed_s))  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from spotspeed.core import plain
-from spotspeed.core.layout import TensorKey
+from spotspeed.core.layout import KIND_BLOB, TensorKey
 from spotspeed.core.manifest import Ticket
 from spotspeed.state.plain_tensors import to_plain
 from spotspeed.state.provider import StateProvider
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from spotspeed.staging.staged import StagedSave
     from spotspeed.staging.stager import Stager
 
-KIND_BLOB = "blob"
 JOB_KEY = TensorKey(KIND_BLOB, "job")
 """What all ranks share and rank 0 writes: counters, param groups, scheduler, client state."""
 
@@ -51,10 +50,11 @@ def begin_save(
     return stager.stage(ticket, shares, blobs)
 
 
-def share_bytes(provider: StateProvider, small: SmallState) -> int:
+def share_bytes(provider: StateProvider, small: SmallState, record: Record) -> int:
     """About what this rank writes per save; buffers included, the small blobs not."""
-    pieces = [*provider.pieces(), *small.buffer_pieces(small.record())]
-    return sum(piece.share.fragment.size_bytes for piece in pieces)
+    return sum(piece.share.fragment.size_bytes for piece in provider.pieces()) + sum(
+        piece.fragment.size_bytes for piece in small.buffer_pieces(record)
+    )
 
 
 def _encode(value: Mapping[str, Any], *, what: str) -> bytes:

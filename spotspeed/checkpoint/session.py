@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spotspeed.checkpoint.agreement import Exchange, raise_first, share, share_all, vote
+from spotspeed.checkpoint.catalog import list_sealed
 from spotspeed.checkpoint.ownership import (
     RENEWAL_PERIOD_S,
     claim_epoch,
@@ -39,11 +40,27 @@ class Session:
     epoch: int
     rank: int
 
+    def newest_tag(self) -> str:
+        """The newest sealed checkpoint, in words for a person."""
+        try:
+            found = list_sealed(self.storage)
+        except SpotSpeedError as error:
+            return f"an unknown checkpoint ({error})"
+        return f"{found[0].tag!r} (step {found[0].step})" if found else "the start"
+
+    def close(self) -> None:
+        """Let go of the saver; what is staged is still written by it."""
+        self.stager.close()
+
     def record_restored(self, restored: Restored | None) -> None:
         """Write down where this epoch's lineage begins; rank 0 does it for all."""
         directory = restored.directory if restored else None
-        share(self.coordinator.exchange, "lineage", self.rank,
-              lambda: _done(record_restored_from(self.storage, self.epoch, directory)))  # fmt: skip
+
+        def record() -> dict[str, Any]:
+            record_restored_from(self.storage, self.epoch, directory)
+            return {}
+
+        share(self.coordinator.exchange, "lineage", self.rank, record)
 
 
 def open_session(
@@ -117,7 +134,3 @@ def probe_one_place(storage: Storage, exchange: Exchange, rank: int) -> None:
     if rank == 0:
         storage.delete(f"{PROBE_DIRECTORY}/{token}")
     raise_first(verdicts)
-
-
-def _done(_: None) -> dict[str, Any]:
-    return {}

@@ -21,6 +21,8 @@ KIND_MASTER = "fp32"
 """The optimizer's own copy of the weights, whatever its dtype (the field's name for it)."""
 KIND_WEIGHT = "weight"
 """A weight that no master derives: frozen parameters, and low-precision copies that differ."""
+KIND_BLOB = "blob"
+"""Plain data of the job or of one rank, encoded: a 1-D uint8 tensor that is no parameter's."""
 KIND_BUFFER = "buffer"
 """A module buffer; scope "rank-N" says whose."""
 

@@ -1,4 +1,4 @@
-"""Keep DataLoaders that are started between a resume and the first step from drawing random numbers.
+"""Keep DataLoaders that start between a resume and the first step from drawing random numbers.
 
 Making a DataLoader's iterator draws a seed from torch's default generator. The uninterrupted run
 drew it before its first step, so the restored generator is already past that draw; drawing again
@@ -18,14 +18,14 @@ _is_holding = False
 
 def hold() -> None:
     """From now on, starting a DataLoader leaves torch's default generator as it was."""
-    global _is_holding  # noqa: PLW0603 - one default generator, one flag
+    global _is_holding
     _wrap_once()
     _is_holding = True
 
 
 def release() -> None:
     """The first step after the resume begins: DataLoaders draw their seeds as ever."""
-    global _is_holding  # noqa: PLW0603 - see hold
+    global _is_holding
     _is_holding = False
 
 
@@ -45,4 +45,4 @@ def _wrap_once() -> None:
             torch.set_rng_state(before)
 
     get_iterator._is_spotspeed = True  # type: ignore[attr-defined]
-    DataLoader._get_iterator = get_iterator  # type: ignore[method-assign]
+    DataLoader._get_iterator = get_iterator  # type: ignore[method-assign,assignment]

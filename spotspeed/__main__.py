@@ -1,0 +1,5 @@
+"""`python -m spotspeed`: the command line."""
+
+from spotspeed.cli import main
+
+main()

@@ -1,0 +1,44 @@
+"""Keeps the path tidy while the training goes on: collects after each seal, on its own thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+from spotspeed import events
+from spotspeed.checkpoint.gc import collect
+from spotspeed.config import KeepConfig
+from spotspeed.core.retention import Keep
+from spotspeed.errors import SpotSpeedError
+from spotspeed.storage.contract import Storage
+
+
+class Collector:
+    """Removes what `keep` no longer keeps, each time it is told that something was sealed.
+
+    Failures are events: a checkpoint too many harms nobody.
+    """
+
+    def __init__(self, storage: Storage, keep: KeepConfig, *, epoch: int) -> None:
+        self._storage, self._epoch = storage, epoch
+        self._keep = Keep(keep.last, keep.every_steps)
+        self._wishes: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="spotspeed-gc", daemon=True)
+        self._thread.start()
+
+    def sealed(self, _: Any = None) -> None:
+        """Something newer is sealed; returns at once."""
+        self._wishes.put(True)
+
+    def close(self) -> None:
+        """Finish what was begun and stop."""
+        self._wishes.put(False)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._wishes.get():
+            try:
+                collect(self._storage, self._keep, epoch=self._epoch)
+            except SpotSpeedError as error:
+                events.emit(events.Lost("old checkpoints were not removed", str(error)))
