@@ -1,0 +1,215 @@
+"""docs/FORMAT.md is enough: a reader made from its tables alone reads what we write."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import struct
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import xxhash
+import zstandard
+
+from spotspeed.checkpoint.opened import open_checkpoint
+from spotspeed.codec import CodecPolicy
+from spotspeed.storage.local import LocalStorage
+
+ROOT = Path(__file__).parents[3]
+GOLDEN = ROOT / "tests" / "fixtures" / "golden-v1"
+GOLDEN_DIGEST = "67af8f68198b809f2d24f2aa12f0b1d4d7af9dc7f0d99c3d1653a4aa0f97cfc6"
+NUMPY = {"float32": "<f4", "bfloat16": "<u2", "int64": "<i8", "uint8": "u1", "bool": "?"}
+
+# The independent reader: nothing of spotspeed from here to its end.
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_document(path, document):
+    data = path.read_bytes()
+    body = data[8:-78]
+    assert data == b'{"body":' + body + b',"sha256":"' + sha256(body).encode() + b'"}\n'
+    parsed = json.loads(body)
+    assert (parsed["format"], parsed["document"], parsed["major"]) == ("spotspeed", document, 1)
+    return parsed
+
+
+def ticket_digest(ticket):
+    identity = {key: value for key, value in ticket.items() if key != "created_unix_s"}
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).digest()
+
+
+def inflate(data, size):
+    raw = zstandard.ZstdDecompressor().decompress(data)
+    assert len(raw) == size
+    return raw
+
+
+def decode(codec, frame, raw_size):
+    if codec == 0:
+        return frame
+    if codec == 1:
+        return inflate(frame, raw_size)
+    assert codec == 2 and frame[1:4] == bytes(3)
+    width = frame[0]
+    sizes = struct.unpack_from(f"<{width}I", frame, 4)
+    raw, position = bytearray(raw_size), 4 + 4 * width
+    for plane, word in enumerate(sizes):
+        stored = frame[position : position + (word & 0x7FFFFFFF)]
+        position += len(stored)
+        raw[plane::width] = inflate(stored, raw_size // width) if word >> 31 else stored
+    assert position == len(frame)
+    return bytes(raw)
+
+
+def read_shard(data, receipt):
+    """[(kind, name, scope, dtype, shape, start, stop, bytes)] of one shard; all of it checked."""
+    shard = receipt["shard"]
+    assert len(data) == shard["size_bytes"]
+    digest, rank = ticket_digest(receipt["ticket"]), receipt["rank"]
+    magic, major, minor, flags = struct.unpack_from("<8sHHI", data, 0)
+    assert (magic, major, minor, flags) == (b"\x93SPOTSHD", 1, 0, 0)
+    assert data[16:48] == digest
+    assert struct.unpack_from("<II", data, 48) == (rank, receipt["ticket"]["world_size"])
+    assert data[56:88] == hashlib.sha256(data[:56]).digest() and not any(data[88:4096])
+
+    offset, size, index_digest, major, minor, reserved, magic = struct.unpack(
+        "<QQ32sHHI8s", data[-64:]
+    )
+    assert (major, minor, reserved, magic) == (1, 0, 0, b"SPOTEND\x93")
+    assert offset + size + 64 == len(data) and offset % 4096 == 0
+    assert (offset, size) == (shard["index_offset"], shard["index_bytes"])
+    assert sha256(data[offset : offset + size]) == index_digest.hex() == shard["index_sha256"]
+    index = msgpack.unpackb(data[offset : offset + size])
+    assert list(index) == ["format", "document", "major", "minor", "ticket", "rank", "world_size",
+                           "raw_bytes", "entries", "chunks"]  # fmt: skip
+    assert (index["ticket"], index["rank"]) == (digest, rank)
+
+    stream, reach = b"", 4096
+    for raw_offset, raw_size, file_offset, stored_size, codec, stored, raw in index["chunks"]:
+        assert raw_offset == len(stream) and file_offset == -(-reach // 4096) * 4096
+        assert not any(data[reach:file_offset])
+        reach = file_offset + stored_size
+        frame = data[file_offset:reach]
+        assert xxhash.xxh3_128(frame).digest() == stored
+        content = decode(codec, frame, raw_size)
+        assert len(content) == raw_size
+        assert (raw is None) if codec == 0 else xxhash.xxh3_128(content).digest() == raw
+        stream += content
+    assert len(stream) == index["raw_bytes"] == shard["raw_bytes"]
+    assert offset == -(-reach // 4096) * 4096 and not any(data[reach:offset])
+    parts, reach = [], 0
+    for kind, name, scope, dtype, shape, start, stop, raw_offset in index["entries"]:
+        assert raw_offset % 8 == 0 and not any(stream[reach:raw_offset])
+        reach = raw_offset + (stop - start) * np.dtype(NUMPY[dtype]).itemsize
+        parts.append((kind, name, scope, dtype, shape, start, stop, stream[raw_offset:reach]))
+    return parts
+
+
+def read_checkpoint(path):
+    """{(kind, name, scope): (dtype, array)} of the one checkpoint at `path`."""
+    [manifest_path] = path.glob("*/manifest.json")
+    manifest = read_document(manifest_path, "manifest")
+    tensors, filled = {}, {}
+    for rank, record in enumerate(manifest["receipts"]):
+        data = (path / record["path"]).read_bytes()
+        assert (sha256(data), len(data)) == (record["sha256"], record["size_bytes"])
+        receipt = read_document(path / record["path"], "receipt")
+        assert receipt["rank"] == record["rank"] == rank
+        shard = (path / receipt["shard"]["path"]).read_bytes()
+        for kind, name, scope, dtype, shape, start, stop, content in read_shard(shard, receipt):
+            key = (kind, name, scope)
+            whole = tensors.setdefault(key, (dtype, np.zeros(shape, NUMPY[dtype])))
+            count = filled.setdefault(key, np.zeros(whole[1].size, int))
+            whole[1].reshape(-1)[start:stop] = np.frombuffer(content, NUMPY[dtype])
+            count[start:stop] += 1
+    assert all(np.all(count == 1) for count in filled.values())
+    return tensors
+
+
+# The end of the independent reader.
+
+
+def golden_maker():
+    spec = importlib.util.spec_from_file_location(
+        "make_golden", ROOT / "tests" / "fixtures" / "make_golden.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_same(found, expected):
+    assert set(found) == {(key.kind, key.name, key.scope) for key in expected}
+    for key, (dtype, array) in expected.items():
+        found_dtype, found_array = found[key.kind, key.name, key.scope]
+        assert found_dtype == dtype and found_array.shape == array.shape
+        assert found_array.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["raw", "zstd", "sampled"])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_reader_made_from_the_document_reads_every_checkpoint(
+    checkpoint_factory, mode, world_size
+):
+    written = checkpoint_factory(world_size, policy=CodecPolicy(mode, 0.01))
+    assert_same(read_checkpoint(written.root), written.tensors)
+
+
+def test_a_reader_made_from_the_document_reads_the_golden_checkpoint():
+    assert_same(read_checkpoint(GOLDEN), golden_maker().tensors())
+
+
+def test_the_golden_checkpoint_stays_readable():
+    opened = open_checkpoint(str(GOLDEN))
+    assert opened.manifest.digest == GOLDEN_DIGEST
+    assert opened.reader.verify().is_whole
+    codecs = set()
+    for key, (dtype, array) in golden_maker().tensors().items():
+        stored = opened.reader.tensors()[key]
+        assert (stored.dtype, stored.shape) == (dtype, array.shape)
+        found = opened.reader.read_tensor(key)
+        if dtype == "bfloat16":
+            found = (found.view(np.uint32) >> 16).astype(np.uint16)
+        assert found.tobytes() == array.tobytes()
+    for path in GOLDEN.glob("*/*.shard"):
+        data = path.read_bytes()
+        offset, size = struct.unpack_from("<QQ", data, len(data) - 64)
+        codecs |= {chunk[4] for chunk in msgpack.unpackb(data[offset : offset + size])["chunks"]}
+    assert codecs == {0, 1, 2}
+    assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 50_000
+
+
+def test_a_raw_shard_is_still_written_byte_for_byte(tmp_path):
+    maker = golden_maker()
+    maker.write_shard(LocalStorage(tmp_path), 0, CodecPolicy("raw"))
+    for key in (maker.TICKET.shard_path(0), maker.TICKET.receipt_path(0)):
+        assert (tmp_path / key).read_bytes() == (GOLDEN / key).read_bytes()
+
+
+def test_the_document_states_the_limits_of_the_code():
+    from spotspeed.core import chunks, format, index, layout, manifest
+
+    text = (ROOT / "docs" / "FORMAT.md").read_text()
+    mebi = 1 << 20
+    for phrase in (
+        f"At most {index.MAX_INDEX_BYTES // mebi} MiB of [MessagePack]",
+        f"A **manifest** (at most {manifest.MAX_DOCUMENT_BYTES // mebi} MiB)",
+        f"A **receipt** (at most {manifest.MAX_RECEIPT_BYTES // 1024} KiB)",
+        f"One chunk holds at most {chunks.MAX_CHUNK_BYTES // mebi} MiB",
+        f"up to {index.MAX_DIMENSIONS} dimensions, ",
+        f" 2^{index.MAX_ELEMENTS.bit_length() - 1} elements",
+        f"at most {index.MAX_NAME_BYTES} bytes",
+        f"1 to {manifest.MAX_WORLD_SIZE} ",
+        f"version {manifest.FORMAT_MAJOR}.{manifest.FORMAT_MINOR}",
+        f"header, {format.HEADER_BYTES} bytes", f"footer, {format.FOOTER_BYTES} bytes",
+    ):  # fmt: skip
+        assert phrase in text, phrase
+    assert set(layout.ITEM_BYTES) <= set(re.findall(r"\w+", text))
