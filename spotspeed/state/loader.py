@@ -1,0 +1,147 @@
+"""An equivalent of a user's DataLoader whose order can be resumed anywhere, on any number of ranks.
+
+The user's data set, collate_fn, workers and pinning stay; only the order is ours (a GlobalSampler),
+and the loader draws from a generator of its own, so that starting an iterator, which happens once
+more in a resumed run, leaves the training's random numbers alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from spotspeed.core.sample_order import GlobalSampler, MicroBatch
+from spotspeed.errors import ConfigError
+from spotspeed.state.workers import DEFAULT_SIGNALS, WorkerInit, held_back
+
+
+def reads_shuffled(loader: DataLoader[Any]) -> bool:
+    """Whether the user's loader shuffles; raises ConfigError when its order is not known to us."""
+    sampler = loader.sampler
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        raise ConfigError(
+            f"{type(loader.dataset).__name__} is an iterable data set: its position cannot be "
+            f"restored exactly; use a map-style data set (with __getitem__ and __len__)"
+        )
+    if type(sampler) is DistributedSampler:
+        return bool(sampler.shuffle)
+    if type(sampler) is SequentialSampler:
+        return False
+    size = len(cast(Sized, loader.dataset))
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == size:
+        return True
+    raise ConfigError(
+        f"the loader's sampler is a {type(sampler).__name__}, whose order cannot be continued on "
+        f"another number of ranks; use shuffle=True or False, or give the DataLoader a "
+        f"spotspeed.GlobalSampler as batch_sampler yourself"
+    )
+
+
+def ordered_loader(
+    loader: DataLoader[Any],
+    sampler: GlobalSampler,
+    *,
+    signals: tuple[str, ...] = DEFAULT_SIGNALS,
+    seeds_samples: bool = True,
+) -> DataLoader[Any]:
+    """A DataLoader as `loader` is, in the order of `sampler`, with workers that survive a notice.
+
+    With `seeds_samples` a worker's generators are seeded before each sample from the sampler's seed
+    and the sample's position in the stream, so that random augmentation too is the same whatever
+    number of workers or ranks there is and wherever the run resumed (once for a whole micro-batch
+    where the data set has `__getitems__`). Without workers samples draw from the training's own
+    generators, which are restored anyway.
+    """
+    reads_shuffled(loader)
+    if sampler.order.dataset_size != len(cast(Sized, loader.dataset)):
+        raise ConfigError(
+            f"the sampler is made for {sampler.order.dataset_size} samples, the loader's data set "
+            f"has {len(cast(Sized, loader.dataset))}"
+        )
+    workers: dict[str, Any] = {}
+    dataset = loader.dataset
+    if loader.num_workers > 0:
+        workers = {
+            "prefetch_factor": loader.prefetch_factor,
+            "persistent_workers": loader.persistent_workers,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "worker_init_fn": WorkerInit(signals, cast(Any, loader.worker_init_fn)),
+            "timeout": loader.timeout,
+        }
+        if seeds_samples:
+            dataset = SeededDataset(dataset, sampler.order.seed)
+    if hasattr(loader, "in_order"):
+        workers["in_order"] = True
+    generator = torch.Generator()
+    generator.manual_seed(_word(sampler.order.seed, "loader"))
+    return _OrderedLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        pin_memory_device=loader.pin_memory_device,
+        generator=generator,
+        **workers,
+    )
+
+
+class _OrderedLoader(DataLoader[Any]):
+    """A DataLoader whose workers start with the notice signals blocked."""
+
+    def _get_iterator(self) -> Any:
+        init = self.worker_init_fn
+        if not isinstance(init, WorkerInit):
+            return super()._get_iterator()
+        with held_back(init.signals):
+            return super()._get_iterator()
+
+
+class SeededDataset(Dataset[Any]):
+    """A map-style data set that seeds Python's, numpy's and torch's generators for each sample."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[index]
+
+    def __getitems__(self, batch: MicroBatch) -> list[Any]:
+        """The samples of one micro-batch; torch calls this in the worker."""
+        own = getattr(self._dataset, "__getitems__", None)
+        if own is not None:
+            self._seed_for(batch.positions[0])
+            return list(own(list(batch)))
+        return list(self._each(batch))
+
+    def _each(self, batch: MicroBatch) -> Iterator[Any]:
+        for index, position in zip(batch, batch.positions, strict=True):
+            self._seed_for(position)
+            yield self._dataset[index]
+
+    def _seed_for(self, position: int) -> None:
+        word = _word(self._seed, f"sample {position}")
+        random.seed(word)
+        np.random.seed(word & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(word)
+
+
+def _word(seed: int, purpose: str) -> int:
+    digest = hashlib.sha256(f"spotspeed data {seed} {purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,40 @@
+"""A resumed run is the uninterrupted one bit for bit: dropout, schedule, scale, buffers, data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.ranks import ROOT, free_port, rank_environment, remove_shared_memory, run_ranks
+
+DRIVER = "tests/distributed/drivers/small_resume.py"
+CASES = ("zero0", "zero0-bf16", "zero1", "zero1-bf16-optimizer", "zero2-fp16", "zero3", "zero3-fp16")
+
+
+def lines(output, rank):
+    return [line for line in output.splitlines() if line.startswith(f"rank {rank}: ")]
+
+
+def test_one_process_resumes_bit_for_bit_at_every_stage():
+    port = free_port()
+    env = {**rank_environment(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+           "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+    try:
+        done = subprocess.run([sys.executable, DRIVER, *CASES], cwd=ROOT, env=env, timeout=300,
+                              capture_output=True, text=True)  # fmt: skip
+    finally:
+        remove_shared_memory(port)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert [line.split()[2] for line in lines(done.stdout, 0)] == [f"{name}:" for name in CASES]
+
+
+@pytest.mark.ranks
+def test_two_ranks_resume_bit_for_bit():
+    cases = ("zero1", "zero2-fp16", "zero3")
+    finished = run_ranks(2, DRIVER, *cases, timeout_s=240)
+    for rank in range(2):
+        found = lines(finished.output, rank)
+        assert [line.split()[2] for line in found] == [f"{name}:" for name in cases]
