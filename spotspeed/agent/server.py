@@ -27,7 +27,6 @@ from spotspeed.core.saver_protocol import (
     Notify,
     Progress,
     Refused,
-    Renew,
     Welcome,
     decode_preamble,
     encode,
@@ -110,9 +109,6 @@ class Server:
             if not session.send(Progress(len(waiting), left)):
                 return
             time.sleep(PROGRESS_S)
-
-    def renew(self, message: Renew, session: Session) -> None:
-        """Renew the owner record of an epoch while `session` is connected."""
 
     def notify(self, message: Notify) -> None:
         """Pass a notice on to every session."""

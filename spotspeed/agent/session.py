@@ -16,6 +16,7 @@ from typing import Protocol
 from spotspeed.agent.arena import SlotArena
 from spotspeed.agent.incoming import IncomingSave, SaveProgress, StoppedError
 from spotspeed.agent.ledger import SlotLedger
+from spotspeed.agent.renewal import Renewal
 from spotspeed.agent.sealing import Sealer
 from spotspeed.agent.writing import Workshop, store
 from spotspeed.core.chunks import pack
@@ -65,9 +66,6 @@ class House(Protocol):
     def drain(self, before_epoch: int, session: Session) -> None:
         """Answer `session` until the saves of older epochs are settled."""
 
-    def renew(self, message: Renew, session: Session) -> None:
-        """Renew an owner record while `session` or its saves live."""
-
     def notify(self, message: Notify) -> None:
         """Tell all sessions."""
 
@@ -88,6 +86,7 @@ class Session:
             socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_S, 0)
         )
         self._is_deaf = False
+        self._renewal: Renewal | None = None
         self._send_lock = threading.Lock()
         self._ledger = SlotLedger(arena.slot_count if arena else 0, self._free)
         self._saves: dict[int, IncomingSave] = {}
@@ -125,8 +124,12 @@ class Session:
         for save in list(self._saves.values()):
             if not save.is_staged:
                 save.stop(reason)
+        if self._renewal is not None:
+            self._renewal.drain()
         self._queue.put(None)
         writer.join()
+        if self._renewal is not None:
+            self._renewal.stop()
         with self._send_lock:
             self._is_deaf = True
         self._socket.close()
@@ -155,8 +158,9 @@ class Session:
                 self._ledger.need(count)
             case Drain(before_epoch):
                 house.drain(before_epoch, self)
-            case Renew():
-                house.renew(message, self)
+            case Renew(epoch, period_s):
+                if self._renewal is None:
+                    self._renewal = Renewal(house.storage, epoch, period_s)
             case Notify():
                 house.notify(message)
             case _:
