@@ -17,7 +17,7 @@ from spotspeed.storage.contract import Storage
 
 SPAN_BYTES = 8 * 1024 * 1024
 """Most bytes of one read, unless a single chunk is larger."""
-DIRECT_BYTES = 1024 * 1024
+DIRECT_BYTES = 4 * 1024 * 1024
 """A run of raw chunks is read straight into its target from this size on; shorter ones are copied,
 so that they can share a read with their neighbours."""
 

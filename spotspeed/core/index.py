@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ MAX_INDEX_BYTES = 64 * 1024 * 1024
 MAX_NAME_BYTES = 4096
 MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 2**60
+MAX_ITEM_BYTES = 16 * 1024
+"""Most bytes of one entry or chunk: three names and a shape fit."""
+_MAX_KEYS = 64
 _ENTRY_FIELDS = 8
 _CHUNK_FIELDS = 7
 
@@ -96,8 +99,8 @@ def encode_index(index: ShardIndex) -> bytes:
 def parse_index(data: bytes, *, source: str) -> ShardIndex:
     """The index of shard `source`, every number checked; raises FormatError naming `source`.
 
-    Only scalars are ever built from unknown bytes, and lists are read one checked item at a time,
-    so hostile input costs no more memory than a small multiple of its size.
+    Lists are read one checked item at a time, so that hostile input costs no more memory than a
+    small multiple of its size.
     """
     if len(data) > MAX_INDEX_BYTES:
         raise FormatError(f"{source}: an index of {len(data)} bytes, the limit is "
@@ -111,23 +114,31 @@ def parse_index(data: bytes, *, source: str) -> ShardIndex:
 
 
 class _Parser:
-    """Reads one index from front to back; every problem is ValueError or FormatError."""
+    """Reads one index from front to back; every problem is ValueError or FormatError.
+
+    A scout goes before the unpacker and skips each item without building it, so that nothing is
+    built from more than MAX_ITEM_BYTES at once: an empty list costs 64 times its size in memory.
+    """
 
     def __init__(self, data: bytes, source: str) -> None:
         self._source = source
         self._size = len(data)
         self._unpacker = msgpack.Unpacker(
             max_buffer_size=max(1, len(data)), max_str_len=MAX_NAME_BYTES, max_bin_len=64,
-            max_array_len=0, max_map_len=0, max_ext_len=0, strict_map_key=True,
+            max_array_len=MAX_DIMENSIONS, max_map_len=0, max_ext_len=0,
         )  # fmt: skip
+        self._scout = msgpack.Unpacker(max_buffer_size=max(1, len(data)))
         self._unpacker.feed(data)
+        self._scout.feed(data)
 
     def index(self) -> ShardIndex:
         fields: dict[str, Any] = {}
-        for _ in range(self._count(self._unpacker.read_map_header, 64)):
-            key = self._text()
-            if key in fields:
-                raise ValueError(f"{key!r} is there twice")
+        if (count := self._unpacker.read_map_header()) != self._scout.read_map_header():
+            raise ValueError("not a map")
+        for _ in range(min(count, _MAX_KEYS + 1)):
+            key = _text(self._item())
+            if key in fields or len(fields) == _MAX_KEYS:
+                raise ValueError(f"{key!r} is there twice, or one key too many")
             fields[key] = self._field(key, fields)
         if self._unpacker.tell() != self._size:
             raise ValueError("bytes follow the index")
@@ -145,7 +156,7 @@ class _Parser:
 
     def _field(self, key: str, fields: dict[str, Any]) -> Any:
         if key in _READERS:
-            value = _READERS[key](self)
+            value = _READERS[key](self._item())
             if key == "major":
                 check_major(value, "x", self._source)
             return value
@@ -153,111 +164,111 @@ class _Parser:
             if fields.get("minor", 0) <= FORMAT_MINOR:
                 raise ValueError(f"unknown key {key!r}")
             self._unpacker.skip()
+            self._scout.skip()
             return None
         if "raw_bytes" not in fields:
             raise ValueError(f"raw_bytes must come before {key}")
-        return self._entries(fields) if key == "entries" else self._chunks(fields)
+        items = self._items(_ENTRY_FIELDS if key == "entries" else _CHUNK_FIELDS)
+        return (_entries if key == "entries" else _chunks)(items, fields["raw_bytes"])
 
-    def _entries(self, fields: dict[str, Any]) -> tuple[Entry, ...]:
-        entries: list[Entry] = []
-        reach, raw_bytes = 0, fields["raw_bytes"]
-        for _ in range(self._count(self._unpacker.read_array_header, self._size)):
-            self._exactly(_ENTRY_FIELDS)
-            key = TensorKey(self._text(), self._text(), self._text())
-            dtype = self._text()
-            shape = tuple(
-                self._number(MAX_ELEMENTS)
-                for _ in range(self._count(self._unpacker.read_array_header, MAX_DIMENSIONS))
-            )
-            start, stop, raw_offset = (self._number(MAX_ELEMENTS) for _ in range(3))
-            _check_elements(shape)
-            entry = Entry(Fragment(key, dtype, shape, Interval(start, stop)), raw_offset)
-            if raw_offset % ENTRY_ALIGNMENT or raw_offset < reach or entry.raw_stop > raw_bytes:
-                raise ValueError(f"{key} cannot lie at [{raw_offset}, {entry.raw_stop})")
-            reach = entry.raw_stop
-            entries.append(entry)
-        return tuple(entries)
+    def _items(self, field_count: int) -> Iterator[list[Any]]:
+        """The items of a list, each a list of `field_count` scalars or short lists."""
+        count = self._unpacker.read_array_header()
+        if count != self._scout.read_array_header() or count > self._size:
+            raise ValueError(f"a list of {count} items in {self._size} bytes")
+        for _ in range(count):
+            item = self._item()
+            if type(item) is not list or len(item) != field_count:
+                raise ValueError(f"{item!r:.80} has not {field_count} fields")
+            yield item
 
-    def _chunks(self, fields: dict[str, Any]) -> tuple[ChunkRecord, ...]:
-        chunks: list[ChunkRecord] = []
-        raw_position, file_position = 0, HEADER_BYTES
-        for _ in range(self._count(self._unpacker.read_array_header, self._size)):
-            self._exactly(_CHUNK_FIELDS)
-            raw_offset, raw_size, file_offset, stored_size, codec = (
-                self._number(2**62) for _ in range(5)
-            )
-            stored_digest, raw_digest = self._digest(), self._optional_digest()
-            if raw_offset != raw_position or not 0 < raw_size <= MAX_CHUNK_BYTES:
-                raise ValueError(f"chunk {len(chunks)} cannot be raw bytes {raw_offset}+{raw_size}")
-            if file_offset != align_frame(file_position) or not 0 < stored_size <= raw_size:
-                raise ValueError(f"chunk {len(chunks)} cannot be stored at {file_offset}"
-                                 f"+{stored_size}")  # fmt: skip
-            if codec not in CODECS:
-                raise ValueError(f"chunk {len(chunks)} has codec {codec}, known: {CODECS}")
-            is_raw = codec == CODEC_RAW
-            if is_raw != (raw_digest is None) or (is_raw and stored_size != raw_size):
-                raise ValueError(f"chunk {len(chunks)} is not stored as its codec says")
-            chunk = ChunkRecord(
-                raw_offset, raw_size, file_offset, stored_size, codec, stored_digest, raw_digest
-            )
-            chunks.append(chunk)
-            raw_position, file_position = chunk.raw_stop, chunk.file_stop
-        if raw_position != fields["raw_bytes"]:
-            raise ValueError(f"chunks hold {raw_position} of {fields['raw_bytes']} raw bytes")
-        return tuple(chunks)
-
-    def _count(self, read: Callable[[], Any], limit: int) -> int:
-        count = int(read())
-        if not 0 <= count <= limit:
-            raise ValueError(f"a list of {count} items, at most {limit} are possible")
-        return count
-
-    def _exactly(self, count: int) -> None:
-        found = self._unpacker.read_array_header()
-        if found != count:
-            raise ValueError(f"an item of {found} fields, expected {count}")
-
-    def _number(self, limit: int) -> int:
-        value = self._unpacker.unpack()
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
-            raise ValueError(f"{value!r} is not a number from 0 to {limit}")
-        return value
-
-    def _text(self) -> str:
-        value = self._unpacker.unpack()
-        if not isinstance(value, str):
-            raise ValueError(f"{value!r} is not text")
-        return value
-
-    def _digest(self, size: int = DIGEST_BYTES) -> bytes:
-        value = self._optional_digest(size)
-        if value is None:
-            raise ValueError("a digest is missing")
-        return value
-
-    def _optional_digest(self, size: int = DIGEST_BYTES) -> bytes | None:
-        value = self._unpacker.unpack()
-        if value is not None and (not isinstance(value, bytes) or len(value) != size):
-            raise ValueError(f"{value!r} is not a digest of {size} bytes")
-        return value
+    def _item(self) -> Any:
+        start = self._scout.tell()
+        self._scout.skip()
+        if self._scout.tell() - start > MAX_ITEM_BYTES:
+            raise ValueError(f"an item of {self._scout.tell() - start} bytes")
+        return self._unpacker.unpack()
 
 
-_READERS: dict[str, Callable[[_Parser], Any]] = {
-    "format": _Parser._text,
-    "document": _Parser._text,
-    "major": lambda parser: parser._number(2**16),
-    "minor": lambda parser: parser._number(2**16),
-    "ticket": lambda parser: parser._digest(32),
-    "rank": lambda parser: parser._number(2**32),
-    "world_size": lambda parser: parser._number(2**32),
-    "raw_bytes": lambda parser: parser._number(2**62),
+def _entries(items: Iterator[list[Any]], raw_bytes: int) -> tuple[Entry, ...]:
+    entries: list[Entry] = []
+    reach = 0
+    for kind, name, scope, dtype, shape, start, stop, raw_offset in items:
+        key = TensorKey(_text(kind), _text(name), _text(scope))
+        _check_shape(shape)
+        span = Interval(_number(start, MAX_ELEMENTS), _number(stop, MAX_ELEMENTS))
+        fragment = Fragment(key, _text(dtype), tuple(shape), span)
+        raw_stop = _number(raw_offset, raw_bytes) + fragment.size_bytes
+        if raw_offset % ENTRY_ALIGNMENT or raw_offset < reach or raw_stop > raw_bytes:
+            raise ValueError(f"{key} cannot lie at [{raw_offset}, {raw_stop})")
+        reach = raw_stop
+        entries.append(Entry(fragment, raw_offset))
+    return tuple(entries)
+
+
+def _chunks(items: Iterator[list[Any]], raw_bytes: int) -> tuple[ChunkRecord, ...]:
+    chunks: list[ChunkRecord] = []
+    raw_position, file_position = 0, HEADER_BYTES
+    for number, fields in enumerate(items):
+        raw_offset, raw_size, file_offset, stored_size, codec, stored_digest, raw_digest = fields
+        if _number(raw_offset) != raw_position or not 0 < _number(raw_size) <= MAX_CHUNK_BYTES:
+            raise ValueError(f"chunk {number} cannot be raw bytes {raw_offset}+{raw_size}")
+        if _number(file_offset) != align_frame(file_position) or not (
+            0 < _number(stored_size) <= raw_size
+        ):
+            raise ValueError(f"chunk {number} cannot be stored at {file_offset}+{stored_size}")
+        if _number(codec) not in CODECS:
+            raise ValueError(f"chunk {number} has codec {codec}, known: {CODECS}")
+        is_raw = codec == CODEC_RAW
+        if is_raw != (raw_digest is None) or (is_raw and stored_size != raw_size):
+            raise ValueError(f"chunk {number} is not stored as its codec says")
+        _digest(stored_digest, DIGEST_BYTES)
+        if raw_digest is not None:
+            _digest(raw_digest, DIGEST_BYTES)
+        chunks.append(ChunkRecord(*fields))
+        raw_position += raw_size
+        file_position = file_offset + stored_size
+    if raw_position != raw_bytes:
+        raise ValueError(f"chunks hold {raw_position} of {raw_bytes} raw bytes")
+    return tuple(chunks)
+
+
+def _number(value: object, limit: int = 2**62) -> int:
+    if type(value) is not int or not 0 <= value <= limit:
+        raise ValueError(f"{value!r:.80} is not a number from 0 to {limit}")
+    return value
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise ValueError(f"{value!r:.80} is not text")
+    return value
+
+
+def _digest(value: object, size: int) -> bytes:
+    if type(value) is not bytes or len(value) != size:
+        raise ValueError(f"{value!r:.80} is not a digest of {size} bytes")
+    return value
+
+
+_READERS: dict[str, Callable[[object], Any]] = {
+    "format": _text,
+    "document": _text,
+    "major": lambda value: _number(value, 2**16),
+    "minor": lambda value: _number(value, 2**16),
+    "ticket": lambda value: _digest(value, 32),
+    "rank": lambda value: _number(value, 2**32),
+    "world_size": lambda value: _number(value, 2**32),
+    "raw_bytes": _number,
 }
 
 
-def _check_elements(shape: tuple[int, ...]) -> None:
-    """Keep the product of `shape` small, so that arithmetic on it stays cheap."""
+def _check_shape(shape: object) -> None:
+    """Raise ValueError unless `shape` is a list of lengths whose product stays cheap."""
+    if type(shape) is not list:
+        raise ValueError(f"{shape!r:.80} is not a shape")
     total = 1
     for length in shape:
-        total *= length
+        total *= _number(length, MAX_ELEMENTS)
         if total > MAX_ELEMENTS:
             raise ValueError(f"shape {shape} has more than {MAX_ELEMENTS} elements")

@@ -56,7 +56,7 @@ class Fragment:
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
             raise InvalidLayoutError(f"{self.key}: dtype {self.dtype!r} is not one of the format's")
-        if not Interval(0, math.prod(self.shape)).contains(self.interval):
+        if self.interval.count and self.interval.stop > math.prod(self.shape):
             raise InvalidLayoutError(
                 f"{self.key}: elements [{self.interval.start}, {self.interval.stop}) are not all "
                 f"inside shape {self.shape}"
