@@ -106,7 +106,6 @@ class LocalTree:
             parent = os.open(os.path.dirname(path), posix.DIRECTORY_FLAGS)
             try:
                 self._disk.make_directory(parent, os.path.basename(path))
-                self._disk.sync_directory(parent)
             finally:
                 self._disk.close(parent)
 

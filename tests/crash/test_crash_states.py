@@ -1,0 +1,249 @@
+"""After a crash at any instant the newest sealed checkpoint loads and no promise is broken.
+
+A run of the job writes to a disk that keeps a log (spotspeed/testing/crash_disk.py). After every
+entry of the log the disk states that a crash may leave are laid out as real files and read back
+with the real readers. Leaving out any one fsync must be noticed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from spotspeed.checkpoint.catalog import list_sealed, scan
+from spotspeed.checkpoint.commit import roll_forward, try_seal
+from spotspeed.checkpoint.gc import collect
+from spotspeed.checkpoint.ownership import claim_epoch, record_restored_from, release
+from spotspeed.checkpoint.reader import CheckpointReader
+from spotspeed.checkpoint.shard import ShardWriter
+from spotspeed.core.chunks import pack
+from spotspeed.core.interval import Interval
+from spotspeed.core.layout import Fragment, TensorKey
+from spotspeed.core.manifest import Ticket
+from spotspeed.core.owner import Identity
+from spotspeed.core.retention import Keep
+from spotspeed.storage.contract import Storage
+from spotspeed.storage.local import LocalStorage
+from spotspeed.testing.crash_disk import DiskState, Operation, RecordingDisk, write_tree
+from spotspeed.testing.promises import Call, Promises, PromisingStorage
+
+SEED = 20_261_101
+ROOT = "runs/job-7"
+ELEMENTS = 1500
+WHO = Identity("node", "boot", "pid:[1]", 1, 1)
+
+
+@dataclass(frozen=True)
+class SealPromised:
+    """try_seal has returned a manifest for this directory."""
+
+    directory: str
+
+
+@dataclass(frozen=True)
+class RemovalBegun:
+    """From here on only the checkpoints in `kept` are promised."""
+
+    kept: frozenset[str]
+
+
+@dataclass
+class Job:
+    """Processes of a job that share a recorded disk; each has a store of its own."""
+
+    disk: RecordingDisk
+    root: Path
+
+    def process(self) -> Storage:
+        return PromisingStorage(LocalStorage(self.root, disk=self.disk), self.disk.log)
+
+    def write(self, storage: Storage, ticket: Ticket, rank: int) -> None:
+        part = Interval(0, ELEMENTS).split(ticket.world_size, rank)
+        fragment = Fragment(TensorKey("fp32", "w"), "float32", (ELEMENTS,), part)
+        layout = pack([fragment], chunk_bytes=4096)
+        with ShardWriter(storage, ticket, rank, layout) as writer:
+            for chunk in layout.chunks:
+                writer.put_chunk(chunk.index, bytes([ticket.step]) * chunk.size_bytes)
+            writer.finish()
+
+    def seal(self, storage: Storage, ticket: Ticket) -> None:
+        if try_seal(storage, ticket) is not None:
+            self.disk.log.append(SealPromised(ticket.directory))
+
+
+def ticket(epoch: int, step: int) -> Ticket:
+    return Ticket(epoch, step, "a", f"global_step{step}", "periodic", 2, 1_700_000_000)
+
+
+def train_and_restart(job: Job) -> None:
+    """Two saves by two ranks, a kill, a restart, a save, a removal, and the close."""
+    first, other = job.process(), job.process()
+    claim_epoch(first, identity=WHO)
+    record_restored_from(first, 1, None)
+    for step in (10, 20):
+        for rank, storage in ((1, other), (0, first)):
+            job.write(storage, ticket(1, step), rank)
+            job.seal(storage, ticket(1, step))
+    job.write(other, ticket(1, 30), 1)
+    again = job.process()
+    roll_forward(again)
+    claim_epoch(again, identity=WHO)
+    record_restored_from(again, 2, ticket(1, 20).directory)
+    for rank in (0, 1):
+        job.write(again, ticket(2, 21), rank)
+    job.seal(again, ticket(2, 21))
+    job.disk.log.append(RemovalBegun(frozenset({ticket(2, 21).directory})))
+    collect(again, Keep(last=1), epoch=2)
+    release(again, 2)
+
+
+def race_at_every_fsync(job: Job) -> None:
+    """A second process does the same in the middle of each step of the first."""
+    one = job.process()
+    seen: set[str] = set()
+
+    def intervene(site: str) -> None:
+        key = f"{site} {len(job.disk.log)}"
+        if "racing" in seen or key in seen:
+            return
+        seen.update({"racing", key})
+        racer = job.process()
+        racer.create("epochs/000001.json", b"racer")
+        racer.put("shared/rank-00001.receipt", b"racer's receipt" * 40)
+        racer.create("shared/manifest.json", b"the same manifest")
+        seen.discard("racing")
+
+    job.disk.before = intervene
+    one.create("epochs/000001.json", b"one")
+    one.put("shared/rank-00000.receipt", b"one's receipt" * 40)
+    one.create("shared/manifest.json", b"the same manifest")
+    # Whoever removes is alone: an epoch removes nothing that another may still write.
+    job.disk.before = lambda site: None
+    one.delete("epochs/000001.json")
+    one.delete_prefix("shared")
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is one: thousands of states are laid out there."""
+    memory = Path("/dev/shm")
+    place = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else tmp_path))
+    yield place
+    shutil.rmtree(place)
+
+
+@dataclass
+class Findings:
+    """What an exploration saw."""
+
+    states: int = 0
+    distinct: int = 0
+    broken: list[str] = field(default_factory=list)
+
+
+def explore(
+    scenario: Callable[[Job], None], workplace: Path, *, per_point: int, without: str = "",
+    stop_at_first: bool = False,
+) -> tuple[Findings, RecordingDisk]:  # fmt: skip
+    """Run `scenario`, then check the crash states after every entry of its log."""
+    top = workplace / "disk"
+    top.mkdir()
+    disk = RecordingDisk(top, without=without)
+    scenario(Job(disk, top / ROOT))
+    rng, state, promises = random.Random(SEED), DiskState(disk.top), Promises()
+    findings = Findings()
+    seen: set[int] = set()
+    sealed: set[str] = set()
+    for position, entry in enumerate(disk.log):
+        if isinstance(entry, Operation):
+            state.apply(entry)
+        elif isinstance(entry, Call):
+            promises.take(entry)
+        elif isinstance(entry, SealPromised):
+            sealed.add(entry.directory)
+        elif isinstance(entry, RemovalBegun):
+            sealed &= entry.kept
+        has_promised = isinstance(entry, Call) and entry.result is not None
+        seen = set() if has_promised or isinstance(entry, SealPromised) else seen
+        for tree in state.crash_states(rng, per_point):
+            findings.states += 1
+            print_of = hash(frozenset(tree.items()))
+            if print_of in seen:
+                continue
+            seen.add(print_of)
+            findings.distinct += 1
+            place = workplace / "state"
+            shutil.rmtree(place, ignore_errors=True)
+            write_tree(tree, place)
+            for complaint in judge(place / ROOT, promises, sealed):
+                findings.broken.append(f"after {position} entries: {complaint}")
+            if findings.broken and stop_at_first:
+                return findings, disk
+    return findings, disk
+
+
+def judge(root: Path, promises: Promises, sealed: set[str]) -> list[str]:
+    """What is wrong with the store that a crash left at `root`."""
+    storage = LocalStorage(root)
+    found = {info.key: storage.get(info.key, info.size_bytes) for info in storage.list()}
+    complaints = promises.broken(found)
+    catalog = scan(storage)
+    complaints += [f"{item.directory} is damaged: {item.cause}" for item in catalog.damaged]
+    listed = list_sealed(storage, lineage=False)
+    complaints += [f"{name} was sealed and is not listed"
+                   for name in sealed - {info.directory for info in listed}]  # fmt: skip
+    for info in listed:
+        reader = CheckpointReader.open(storage, info.directory, digest=info.digest)
+        complaints += [f"{info.directory}: {damage}" for damage in reader.find_damage().damages]
+    return complaints
+
+
+def test_a_crash_at_any_instant_breaks_no_promise(workplace: Path) -> None:
+    findings, disk = explore(train_and_restart, workplace, per_point=30)
+    print(f"seed {SEED}: {findings.states} states, {findings.distinct} distinct")
+    assert findings.broken == []
+    assert findings.states >= 4000
+    assert len(disk.syncs) >= 6
+
+
+def test_a_crash_in_the_middle_of_a_race_breaks_no_promise(workplace: Path) -> None:
+    findings, _ = explore(race_at_every_fsync, workplace, per_point=30)
+    print(f"seed {SEED}: {findings.states} states, {findings.distinct} distinct")
+    assert findings.broken == []
+    assert findings.states >= 1000
+
+
+def _sites() -> list[str]:
+    """Every fsync in the code of the local store, by module, function and kind."""
+    return [
+        "local.delete: sync_directory",
+        "local.delete_prefix: sync_directory",
+        "local_tree._enter: sync_directory",
+        "local_tree._sync_ancestors: sync_directory",
+        "local_writer._publishing: sync_directory",
+        "local_writer._publishing: sync_file",
+    ]
+
+
+def test_the_list_of_fsyncs_is_the_code_s(workplace: Path) -> None:
+    _, disk = explore(train_and_restart, workplace, per_point=1)
+    assert sorted(disk.syncs) == _sites()
+
+
+@pytest.mark.parametrize("site", _sites())
+def test_leaving_out_any_fsync_is_noticed(workplace: Path, site: str) -> None:
+    for scenario in (race_at_every_fsync, train_and_restart):
+        place = workplace / scenario.__name__
+        place.mkdir()
+        findings, _ = explore(scenario, place, per_point=14, without=site, stop_at_first=True)
+        if findings.broken:
+            print(findings.broken[0])
+            return
+    pytest.fail(f"no crash state shows that {site!r} is missing")
