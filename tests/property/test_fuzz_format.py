@@ -167,7 +167,15 @@ def test_a_resealed_document_with_foreign_values_parses_or_is_corruption(name, d
 
 
 BIG = 4_000_000
+
+
+def tree(depth):
+    """Lists of 32 lists, `depth` levels of them: short ones, and a million in all."""
+    return b"\xdc\x00\x20" + tree(depth - 1) * 32 if depth else b"\x90"
+
+
 HOSTILE = {
+    "a bushy tree": tree(4),
     "nested lists": b"\x91" * BIG,
     "many empty lists": b"\xdd\x00\x40\x00\x00" + b"\x90" * BIG,
     "a list that claims 4 billion items": b"\xdd\xff\xff\xff\xff" + b"\x90" * 100,

@@ -103,6 +103,9 @@ def test_a_flip_in_the_padding_between_frames_is_found(written):
             flip(path, offset)
             [damage] = damages(written)
             assert "padding" in str(damage) and "rank-00000.shard" in str(damage)
+            if start != shard.receipt.shard.index_offset:
+                with pytest.raises(CorruptionError, match=r"rank-00000\.shard.*padding"):
+                    read_all(written)
             flip(path, offset)
 
 
