@@ -239,6 +239,7 @@ class CutMachine:
             self._offer.answered(message)
 
     def _on_leave(self, message: Leave, now: float) -> None:
+        self.gate.lock()
         self.member.depart(message, now)
         self._offer.fail("the job is leaving")
         self.state = State.LEFT
@@ -351,8 +352,6 @@ class CutMachine:
         if self._statuses is not None and now >= self._fence_resend_at:
             self._send_fence(now)
         self._offer.tick(now)
-
-    # Small parts.
 
     def _living(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank not in self.lost]

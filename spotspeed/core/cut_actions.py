@@ -35,6 +35,13 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class Decided:
+    """This rank knows the step of the round."""
+
+    cut: Cut
+
+
+@dataclass(frozen=True, slots=True)
 class Capture:
     """The state is that of `cut.step` and stays so until it is reported staged: copy it."""
 
@@ -85,4 +92,4 @@ class Exchanged:
     why: str
 
 
-Action = Send | Capture | Settled | Departed | PeerLost | AllClosed | Exchanged
+Action = Send | Decided | Capture | Settled | Departed | PeerLost | AllClosed | Exchanged

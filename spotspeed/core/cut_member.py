@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from spotspeed.core.cut_actions import Action, Capture, Settled, Timing
+from spotspeed.core.cut_actions import Action, Capture, Decided, Settled, Timing
 from spotspeed.core.cut_gate import OPEN, Gate
 from spotspeed.core.cut_messages import (
     Cut,
@@ -88,6 +88,7 @@ class Member:
         self.top_round = max(self.top_round, cut.round)
         deadline = None if cut.seconds_left is None else now + cut.seconds_left
         held = self.rounds[cut.round] = Held(cut, deadline, now)
+        self._actions.append(Decided(cut))
         self._forget_old()
         self.gate.hold(cut.round, cut.step)
         if cut.stop:
