@@ -5,10 +5,11 @@ where every epoch has a permutation of its own. A global step takes the next `gl
 positions, whatever number of ranks shares them, so a resume on another number of ranks goes on
 where the stream was, every sample of an epoch is used exactly once, and skipping costs nothing.
 
-The permutation is a balanced Feistel network over the smallest even number of bits that holds n,
-walked until it lands below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002,
-section 5), with SplitMix64's finaliser (Steele, Lea and Flood, 2014) as its round function. It is
-part of the format: stored positions mean the same samples in every later version.
+The permutation is a balanced Feistel network over the smallest even number of bits that holds n
+(six at least: over four it is visibly not uniform), walked until it lands below n (Black and
+Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 5); its round function is
+SplitMix64's finaliser (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators",
+2014). It is part of the format: a stored position means the same sample in every later version.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from spotspeed.errors import ConfigError
 Words = npt.NDArray[np.uint64]
 
 _ROUNDS = 12
+_MIN_HALF_BITS = 3
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = 2**64 - 1
 _BLOCK = 4096
@@ -161,7 +163,9 @@ def check_division(global_batch: int, micro_batch: int, world_size: int) -> None
 
 def _permute(offsets: Words, epochs: Words, order: SampleOrder) -> Words:
     """Where each epoch's permutation puts each offset below `order.dataset_size`."""
-    half = np.uint64(max(1, ((order.dataset_size - 1).bit_length() + 1) // 2))
+    if order.dataset_size == 1:
+        return np.zeros_like(offsets)
+    half = np.uint64(max(_MIN_HALF_BITS, ((order.dataset_size - 1).bit_length() + 1) // 2))
     size = np.uint64(order.dataset_size)
     keys = _mix(_mix(epochs + np.uint64(1)) ^ np.uint64(_seed_word(order.seed)))
     found = _feistel(offsets, keys, half)

@@ -11,7 +11,8 @@ import pytest
 from tests.ranks import ROOT, free_port, rank_environment, remove_shared_memory, run_ranks
 
 DRIVER = "tests/distributed/drivers/small_resume.py"
-CASES = ("zero0", "zero0-bf16", "zero1", "zero1-bf16-optimizer", "zero2-fp16", "zero3", "zero3-fp16")
+CASES = ("zero0", "zero0-bf16", "zero1", "zero1-bf16-optimizer", "zero2-fp16", "zero3",
+         "zero3-fp16")  # fmt: skip
 
 
 def lines(output, rank):
@@ -20,8 +21,9 @@ def lines(output, rank):
 
 def test_one_process_resumes_bit_for_bit_at_every_stage():
     port = free_port()
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**rank_environment(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-           "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+           "PYTHONPATH": path}  # fmt: skip
     try:
         done = subprocess.run([sys.executable, DRIVER, *CASES], cwd=ROOT, env=env, timeout=300,
                               capture_output=True, text=True)  # fmt: skip

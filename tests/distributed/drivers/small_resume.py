@@ -45,7 +45,7 @@ CASES = {
 
 
 class Model(torch.nn.Module):
-    """Dropout, a running mean, a buffer that only exists after the first forward, python randomness."""
+    """Dropout, a running mean, a buffer made by the first forward, Python's and numpy's chance."""
 
     def __init__(self) -> None:
         super().__init__()
