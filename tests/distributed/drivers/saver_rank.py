@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,9 @@ class Rank:
         """Wait until staging stands still because every slot is taken."""
         session = self.stager._session
         assert session is not None
-        with session.pool._changed:
-            session.pool._changed.wait_for(lambda: not session.pool._free, 30)
+        deadline = time.monotonic() + 30
+        while session.pool.free_count and time.monotonic() < deadline:
+            time.sleep(0.005)
         return self.facts()
 
     def wait_staged(self, step: int, timeout_s: float = 60.0) -> dict[str, Any]:
@@ -123,14 +125,20 @@ def converse(rank: Rank) -> None:
 
 
 def hang(path: str, directory: str) -> None:
+    """Stage while the saver stands still, so that all of its work is left when the rank dies."""
     rank = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
     world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
-    actor = Rank(path, rank, world_size, None)
-    actor.reserve(1 << 20)
+    actor, place = Rank(path, rank, world_size, None), Path(directory)
+    saver = actor.reserve(1 << 20)["saver_pid"]
+    (place / f"reserved-{rank}").write_text(str(saver))
+    deadline = time.monotonic() + 60
+    while len(list(place.glob("reserved-*"))) < world_size and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(saver, signal.SIGSTOP)
     actor.stage(step=5, count=4, elements=1 << 16)
     actor.wait_staged(step=5)
-    pid = actor.facts()["saver_pid"]
-    (Path(directory) / f"rank-{rank}").write_text(f"{os.getpid()} {pid}")
+    (place / f"new-{rank}").write_text(f"{os.getpid()} {saver}")
+    (place / f"new-{rank}").rename(place / f"staged-{rank}")
     while True:
         signal.pause()
 
