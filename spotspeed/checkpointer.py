@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spotspeed import events
 from spotspeed.checkpoint.agreement import share_all
@@ -21,12 +21,9 @@ from spotspeed.core.manifest import Ticket
 from spotspeed.errors import ConfigError, SpotSpeedError
 from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch
 from spotspeed.state import boundary, loader_guard
-from spotspeed.state.engine import rank_of, require_block, world_size_of
+from spotspeed.state.engine import Engine, rank_of, require_block, world_size_of
 from spotspeed.state.provider import provider_for
 from spotspeed.state.small import SmallState
-
-if TYPE_CHECKING:
-    import deepspeed
 
 CLOSE_TIMEOUT_S = 1800.0
 """Longest time that close() waits for the other ranks and for the last bytes."""
@@ -40,7 +37,7 @@ class Checkpointer:
     Made by `attach`. All public methods belong to the main thread.
     """
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: SpotSpeedConfig) -> None:
+    def __init__(self, engine: Engine, config: SpotSpeedConfig) -> None:
         self.engine, self.config = engine, config
         self.rank, self.world_size = rank_of(engine), world_size_of(engine)
         self._provider = provider_for(engine)
@@ -302,7 +299,7 @@ class Checkpointer:
 
 
 def attach(
-    engine: deepspeed.DeepSpeedEngine, config: SpotSpeedConfig | None = None
+    engine: Engine, config: SpotSpeedConfig | None = None
 ) -> Checkpointer:
     """Checkpoint `engine` from now on, as its config's "spotspeed" block says.
 

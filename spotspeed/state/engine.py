@@ -10,13 +10,16 @@ from spotspeed.errors import ConfigError
 
 _logger = logging.getLogger("spotspeed")
 
+Engine = Any
+"""A deepspeed.DeepSpeedEngine; DeepSpeed ships no types, and only this room may name it."""
+
 
 def block_of(engine: Any) -> SpotSpeedConfig | None:
     """The engine's validated "spotspeed" block, or None; warns of a misspelt one."""
     parameters = engine._config._param_dict
     if BLOCK not in parameters:
         for name in near_misses(parameters):
-            _logger.warning('unknown block "%s" in the DeepSpeed config: is "%s" meant?', name, BLOCK)
+            _logger.warning('the DeepSpeed config has a block "%s": is "%s" meant?', name, BLOCK)
     return find_block(parameters)
 
 
