@@ -3,7 +3,7 @@
     violation = run(draw(seed))      # None, or what went wrong; the same seed replays it
 
 Ranks step through updates that nobody leaves before all have entered, messages take time, get lost
-or wait for each other, ranks crash, are cut off or are given up falsely; savers outlive their ranks.
+or wait for each other, ranks crash, are cut off or are given up falsely; savers outlive ranks.
 What must hold is checked at every event (`spotspeed.testing.cut_judge`).
 """
 

@@ -336,7 +336,9 @@ def test_the_block_chooses_the_sources_and_a_running_one_is_found_by_its_variabl
         assert configured_sources(NoticeConfig(cloud="none"), service.environ) == []
 
 
-@pytest.mark.parametrize("url", ["https://h", "ftp://h", "http://", "http://h:99999", "http://h/\r"])
+@pytest.mark.parametrize(
+    "url", ["https://h", "ftp://h", "http://", "http://h:99999", "http://h/\r"]
+)
 def test_an_endpoint_that_cannot_be_used_is_a_configuration_error(url: str) -> None:
     with pytest.raises(ConfigError):
         ec2_source({"AWS_EC2_METADATA_SERVICE_ENDPOINT": url})
