@@ -123,7 +123,7 @@ def replaced(value, path, new):
     return copy
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_an_index_with_foreign_values_parses_or_is_corruption(data):
     document = msgpack.unpackb(encode_index(INDEX))
