@@ -51,7 +51,7 @@ class Piece:
         """
         if self.tensor.device.type != "cpu":
             raise CaptureError(f"{self.fragment.key}: on {self.tensor.device}, not in host memory")
-        return memoryview(self.tensor.view(torch.uint8).numpy())
+        return self.tensor.view(torch.uint8).numpy().data
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from spotspeed.core.interval import Interval
 from spotspeed.state.parameters import (
     ParameterNames,
@@ -33,12 +35,16 @@ class ReplicatedLayout:
         found = []
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                is_trained = parameter.requires_grad or self.optimizer.state.get(parameter)
-                if is_trained and parameter.numel():
+                if self._is_trained(parameter) and parameter.numel():
                     name, shape = self._names.of(parameter), shape_of(parameter)
                     slot = Slot(name, shape, Interval(0, parameter.numel()), 0)
                     found.append(Partition(parameter, (slot,), (name,), group, *replica))
         return found
+
+    def _is_trained(self, parameter: torch.Tensor) -> bool:
+        """Whether it is updated, or was until it was frozen: then its state is kept as well."""
+        state = self.optimizer.state.get(parameter) or {}
+        return parameter.requires_grad or (bool(state) and float(state.get("step", 1)) > 0)
 
     def residents(self) -> list[Resident]:
         owned = (name for partition in self.partitions() for name in partition.names)
