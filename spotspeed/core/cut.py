@@ -282,6 +282,7 @@ class CutMachine:
         self.lost |= ranks
         self._gone |= ranks
         self._why_lost = self._why_lost or why
+        self.member.fence()
         self._actions.extend(PeerLost(rank, why) for rank in fresh)
         self._offer.fail(self._why_lost)
 
