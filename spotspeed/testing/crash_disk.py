@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from spotspeed.storage.posix import PosixDisk
 
@@ -124,13 +124,11 @@ class RecordingDisk:
         if site != self._without:
             self._record(kind, descriptor)
 
-    def _record(
-        self, kind: Kind, descriptor: int, *, name: str = "", old: str = "", child: int = 0,
-        offset: int = 0, data: bytes = b"",
-    ) -> None:  # fmt: skip
+    def _record(self, kind: Kind, descriptor: int, **change: Any) -> None:
+        """Log an Operation on what `descriptor` is open on; `change` is its other fields."""
         node = self._nodes.get(os.fstat(descriptor).st_ino)
         if node is not None:
-            self.log.append(Operation(kind, node, name, old, child, offset, data))
+            self.log.append(Operation(kind, node, **change))
 
     def _add(self, inode: int) -> int:
         # The file system gives the number of a removed file to a new one; the log must not.

@@ -126,10 +126,9 @@ def chunk_bytes_of(layout: StreamLayout, fragments: Sequence[bytes], index: int)
 
 
 def write_shard(
-    storage: Storage, ticket: Ticket, rank: int, fragments: Sequence[Fragment], tensors: Tensors,
-    policy: CodecPolicy = RAW, chunk_bytes: int = 4096,
+    storage: Storage, ticket: Ticket, rank: int, layout: StreamLayout, tensors: Tensors,
+    policy: CodecPolicy = RAW,
 ) -> None:  # fmt: skip
-    layout = pack(fragments, chunk_bytes=chunk_bytes)
     data = []
     for entry in layout.entries:
         flat = tensors[entry.fragment.key][1].reshape(-1)
@@ -147,7 +146,8 @@ def write_checkpoint(
     storage = LocalStorage(root)
     ticket = ticket or make_ticket(world_size)
     for rank, fragments in enumerate(split(tensors, world_size)):
-        write_shard(storage, ticket, rank, fragments, tensors, policy, chunk_bytes)
+        layout = pack(fragments, chunk_bytes=chunk_bytes)
+        write_shard(storage, ticket, rank, layout, tensors, policy)
     receipts = {
         rank: storage.get(ticket.receipt_path(rank), 1 << 20) for rank in range(world_size)
     }
@@ -203,7 +203,7 @@ def save_small() -> Saver:
         tensors: Tensors = {key: ("float32", np.full(8 * world_size, step, np.float32))}
         parts = split(tensors, world_size)
         for rank in range(world_size) if ranks is None else ranks:
-            write_shard(storage, ticket, rank, parts[rank], tensors)
+            write_shard(storage, ticket, rank, pack(parts[rank], chunk_bytes=4096), tensors)
         return ticket
 
     return save
