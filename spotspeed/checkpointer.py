@@ -44,6 +44,7 @@ class Checkpointer:
         self._small = SmallState(engine, self._provider.group_names)
         self._lock = threading.Lock()
         self._handles: dict[tuple[int, str], SaveHandle] = {}
+        self._captures: dict[int, SaveHandle] = {}
         self._restored: Restored | None = None
         self._outcome: tuple[Cut, str | None, str] | None = None
         self._is_started = self._is_closed = False
@@ -101,10 +102,12 @@ class Checkpointer:
         try:
             self._start()
             step = int(self.engine.global_steps)
-            if not self._has_everywhere(step):
-                self._submit(step, "final", f"step-{step}", "final")
+            last = None if self._has_everywhere(step) else self._final(step)
+            self._drop_hopeless()
             for handle in self._saves.unfinished():
-                handle.wait(CLOSE_TIMEOUT_S)
+                handle.upload_completion.exception(CLOSE_TIMEOUT_S)
+            if last is not None:
+                last.wait(CLOSE_TIMEOUT_S)
             self._session.coordinator.close(CLOSE_TIMEOUT_S)
         finally:
             self._detach()
@@ -128,7 +131,9 @@ class Checkpointer:
     def before_update(self, engine: Any) -> None:
         """The next update begins only when nothing of the last step is still to be copied."""
         self._start()
-        self._wait_until_staged()
+        held_s = self._saves.close_window(self.config.staging.max_hold_s)
+        if held_s > STALL_REPORT_S:
+            events.emit(events.Stalled("staging", held_s, int(engine.global_steps)))
         if self._session.coordinator.gate(int(engine.global_steps) + 1) is GateVerdict.LEAVE:
             self._leave_at_gate()
 
@@ -176,11 +181,17 @@ class Checkpointer:
             else:
                 coordinator.report_failed(cut.round, str(error))
 
+        with self._lock:
+            self._captures[cut.round] = handle
         handle.staging_completion.add_done_callback(staged)
         handle.upload_completion.add_done_callback(durable)
 
     def on_outcome(self, cut: Cut, digest: str | None, why: str) -> None:
-        """All ranks know how the cut ended."""
+        """All ranks know how the cut ended; a copy that is not staged by now is not wanted."""
+        with self._lock:
+            handle = self._captures.pop(cut.round, None)
+        if digest is None and handle is not None and not handle.staging_completion.done():
+            handle.abandon(why)
         if cut.stop:
             self._outcome = (cut, digest, why)
             self._exit.expect(self._exit_code())
@@ -232,7 +243,11 @@ class Checkpointer:
                 if key[0] == step or not value.upload_completion.done()
             }  # fmt: skip
             self._handles[step, attempt] = handle
+            handle.upload_completion.add_done_callback(self._session.collect)
             return handle
+
+    def _final(self, step: int) -> SaveHandle:
+        return self._submit(step, "final", f"step-{step}", "final")
 
     def _begin(self, handle: SaveHandle) -> Any:
         """Describe and stage one save, on the queue's thread."""
@@ -240,24 +255,25 @@ class Checkpointer:
         sources = (self._provider, self._small, self._session.stager)
         return begin_save(handle.ticket, rank=self.rank, sources=sources, record=record, extra={})
 
-    def _wait_until_staged(self) -> None:
-        """Hold the step while its state is still being copied; a failed save holds nothing."""
-        began = time.monotonic()
-        for handle in self._saves.unstaged():
-            handle.staging_completion.exception(CLOSE_TIMEOUT_S)
-        held_s = time.monotonic() - began
-        if held_s > STALL_REPORT_S:
-            events.emit(events.Stalled("staging", held_s, int(self.engine.global_steps)))
-
     def _has_everywhere(self, step: int) -> bool:
         """Whether some save of `step` is under way or durable on every rank."""
         if self._restored is not None and step == self._restored.step:
             return True
         with self._lock:
             mine = [attempt for (at, attempt), handle in self._handles.items()
-                    if at == step and not _has_failed(handle)]  # fmt: skip
+                    if at == step and not handle.has_failed]  # fmt: skip
         known = share_all(self._session.coordinator.exchange, f"close-{step}", mine)
         return bool(set.intersection(*map(set, known)))
+
+    def _drop_hopeless(self) -> None:
+        """Give up the saves that some rank has already lost: they can never be complete."""
+        with self._lock:
+            failed = [handle.ticket.directory for handle in self._handles.values()
+                      if handle.has_failed]  # fmt: skip
+        lost = set().union(*share_all(self._session.coordinator.exchange, "close-lost", failed))
+        for handle in self._saves.unfinished():
+            if handle.ticket.directory in lost:
+                handle.abandon("another rank has lost its part")
 
     def _exit_code(self) -> int:
         is_durable = self._outcome is not None and self._outcome[1] is not None
@@ -312,8 +328,3 @@ def attach(
     except SpotSpeedError:
         boundary.unbind(engine)
         raise
-
-
-def _has_failed(handle: SaveHandle) -> bool:
-    done = handle.upload_completion.done()
-    return done and handle.upload_completion.exception() is not None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from spotspeed import events
 from spotspeed.core.manifest import Manifest, Ticket
-from spotspeed.errors import CaptureError, SpotSpeedError
+from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.staging.staged import StagedSave, StagingFacts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class SaveHandle:
     """One save in flight.
 
@@ -26,6 +28,9 @@ class SaveHandle:
     ticket: Ticket
     staging_completion: Future[StagingFacts] = field(default_factory=Future)
     upload_completion: Future[Manifest] = field(default_factory=Future)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _begun: threading.Event = field(default_factory=threading.Event, repr=False)
+    _staged: StagedSave | None = field(default=None, repr=False)
 
     @property
     def tag(self) -> str:
@@ -35,15 +40,62 @@ class SaveHandle:
     def step(self) -> int:
         return self.ticket.step
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it is known that it will not become durable."""
+        done = self.upload_completion.done()
+        return done and self.upload_completion.exception() is not None
+
     def wait(self, timeout_s: float | None = None) -> Manifest:
         """Block until durable; raises what went wrong, or TimeoutError."""
         return self.upload_completion.result(timeout_s)
 
-    def fail(self, error: BaseException) -> None:
-        """Resolve whatever is still open with `error`."""
+    def abandon(self, why: str) -> None:
+        """Give it up; harmless when it is durable or has failed already."""
+        with self._lock:
+            staged = self._staged
+            if staged is None:
+                self._fail(StorageError(f"{self.ticket.directory} was abandoned: {why}"))
+        if staged is not None:
+            staged.abandon(why)
+
+    def wait_staged(self, timeout_s: float | None) -> bool:
+        """Wait, helping to copy, until the tensors may change; False after `timeout_s`."""
+        began = time.monotonic()
+        if not self._begun.wait(timeout_s):
+            return False
+        if self._staged is None:
+            return True
+        left_s = None if timeout_s is None else max(0.0, timeout_s - time.monotonic() + began)
+        return self._staged.wait_staged(left_s)
+
+    def end_window(self) -> None:
+        """The tensors are about to change; a fragment that did so before fails the save."""
+        if self._staged is not None:
+            try:
+                self._staged.verify_window()
+            except CaptureError as error:
+                events.emit(events.Lost(self.ticket.directory, str(error)))
+
+    def _begin(self, begin: Begin) -> None:
+        with self._lock:
+            if not self.upload_completion.done():
+                try:
+                    self._staged = begin(self)
+                except SpotSpeedError as error:
+                    self._fail(error)
+                except Exception as error:  # whatever DeepSpeed's objects raise ends this save only
+                    self._fail(CaptureError(f"{self.ticket.directory}: {error!r}"))
+        if self._staged is not None:
+            _chain(self._staged.staging_completion, self.staging_completion)
+            _chain(self._staged.upload_completion, self.upload_completion)
+        self._begun.set()
+
+    def _fail(self, error: SpotSpeedError) -> None:
         for future in (self.staging_completion, self.upload_completion):
             if not future.done():
                 future.set_exception(error)
+        self._begun.set()
 
 
 Begin = Callable[[SaveHandle], StagedSave]
@@ -58,15 +110,18 @@ class SaveQueue:
         self._jobs: queue.SimpleQueue[SaveHandle | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._handles: list[SaveHandle] = []
+        self._window: list[SaveHandle] = []
         self._thread = threading.Thread(target=self._run, name="spotspeed-saves", daemon=True)
         self._thread.start()
 
     def submit(self, ticket: Ticket) -> SaveHandle:
         """Queue one save; returns at once."""
         handle = SaveHandle(ticket)
+        handle.upload_completion.add_done_callback(lambda _: _report(handle))
         with self._lock:
             self._handles = [h for h in self._handles if not h.upload_completion.done()]
             self._handles.append(handle)
+            self._window.append(handle)
         self._jobs.put(handle)
         return handle
 
@@ -75,9 +130,22 @@ class SaveQueue:
         with self._lock:
             return [h for h in self._handles if not h.upload_completion.done()]
 
-    def unstaged(self) -> list[SaveHandle]:
-        """Saves whose bytes are still, or may still be, read from the live tensors."""
-        return [h for h in self.unfinished() if not h.staging_completion.done()]
+    def close_window(self, max_hold_s: float) -> float:
+        """Wait until the tensors may change; returns the seconds that this took.
+
+        A save that needs more than `max_hold_s` is abandoned, but for one on notice.
+        """
+        if not self._window:
+            return 0.0
+        began = time.monotonic()
+        with self._lock:
+            window, self._window = self._window, []
+        for handle in window:
+            left_s = max(0.0, max_hold_s - time.monotonic() + began)
+            if not handle.wait_staged(None if handle.ticket.reason == "notice" else left_s):
+                handle.abandon(f"it would have held a step for more than {max_hold_s:g} s")
+            handle.end_window()
+        return time.monotonic() - began
 
     def close(self) -> None:
         """Take no more saves; those submitted go on."""
@@ -85,23 +153,23 @@ class SaveQueue:
 
     def _run(self) -> None:
         while (handle := self._jobs.get()) is not None:
-            try:
-                staged = self._begin(handle)
-            except SpotSpeedError as error:
-                handle.fail(error)
-            except Exception as error:  # whatever DeepSpeed's objects raise must not end the thread
-                handle.fail(CaptureError(f"{handle.ticket.directory}: {error!r}"))
-            else:
-                _chain(staged.staging_completion, handle.staging_completion)
-                _chain(staged.upload_completion, handle.upload_completion)
+            handle._begin(self._begin)
+
+
+def _report(handle: SaveHandle) -> None:
+    error = handle.upload_completion.exception()
+    if error is not None:
+        events.emit(events.Lost(handle.ticket.directory, str(error)))
 
 
 def _chain(source: Future[Any], target: Future[Any]) -> None:
     def copy(done: Future[Any]) -> None:
         error = done.exception()
+        if target.done():
+            return
         if error is None:
             target.set_result(done.result())
-        elif not target.done():
+        else:
             target.set_exception(error)
 
     source.add_done_callback(copy)

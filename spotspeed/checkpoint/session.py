@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 from spotspeed.checkpoint.agreement import Exchange, raise_first, share, share_all, vote
 from spotspeed.checkpoint.catalog import list_sealed
+from spotspeed.checkpoint.collector import Collector
 from spotspeed.checkpoint.ownership import (
     RENEWAL_PERIOD_S,
     claim_epoch,
@@ -16,10 +18,11 @@ from spotspeed.checkpoint.ownership import (
 )
 from spotspeed.checkpoint.processes import this_process
 from spotspeed.checkpoint.restore import Restored
-from spotspeed.config import SpotSpeedConfig
+from spotspeed.config import NoticeConfig, SpotSpeedConfig
 from spotspeed.coordinator.bootstrap import bootstrap
 from spotspeed.coordinator.coordinator import Coordinator, CutListener
-from spotspeed.core.manifest import MAX_STEP
+from spotspeed.coordinator.notice import Notice, NoticeSource, configured_sources
+from spotspeed.core.manifest import MAX_STEP, Manifest
 from spotspeed.errors import ConfigError, ObjectNotFoundError, SpotSpeedError, StorageError
 from spotspeed.staging.stager import Stager
 from spotspeed.storage import open_storage
@@ -39,6 +42,24 @@ class Session:
     stager: Stager
     epoch: int
     rank: int
+    collector: Collector | None = None
+    """Rank 0's: removes what is not kept any more."""
+    sources: list[NoticeSource] = field(default_factory=list)
+    """Where notices other than signals come from: one rank a node watches."""
+
+    def collect(self, sealed: Future[Manifest]) -> None:
+        """A save has ended; when it is durable, older ones may go."""
+        if self.collector is not None and sealed.exception() is None:
+            self.collector.sealed()
+
+    def watch(self, config: NoticeConfig) -> None:
+        """Begin to listen for notices from files and clouds."""
+        for source in configured_sources(config):
+            source.start(self._on_notice)
+            self.sources.append(source)
+
+    def _on_notice(self, notice: Notice) -> None:
+        self.coordinator.notice(notice.source, notice.seconds_left, stop=notice.stop)
 
     def newest_tag(self) -> str:
         """The newest sealed checkpoint, in words for a person."""
@@ -50,7 +71,12 @@ class Session:
 
     def close(self) -> None:
         """Let go of the saver; what is staged is still written by it."""
+        for source in self.sources:
+            source.stop()
+        if self.collector is not None:
+            self.collector.close()
         self.stager.close()
+        self.coordinator.close(0.0)
 
     def record_restored(self, restored: Restored | None) -> None:
         """Write down where this epoch's lineage begins; rank 0 does it for all."""
@@ -83,7 +109,12 @@ def open_session(
     except BaseException:
         coordinator.close(0.0)
         raise
-    return Session(storage, coordinator, stager, epoch, rank)
+    session = Session(storage, coordinator, stager, epoch, rank)
+    if rank == 0:
+        session.collector = Collector(storage, config.keep, epoch=epoch)
+    if rank == hosts.index(hosts[rank]):
+        session.watch(config.notice)
+    return session
 
 
 def _claim(
