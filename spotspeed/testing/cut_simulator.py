@@ -165,10 +165,10 @@ class World:
         else:
             self._split = fault
             if fault.lasts_s > self.scenario.peer_timeout_s:
-                for one, other in sorted(self._linked):
-                    if self._is_cut(one, other):
+                for observer, lost in sorted(self._linked):
+                    if self._is_cut(observer, lost):
                         seconds = self.scenario.peer_timeout_s * self.rng.uniform(1.0, 1.3)
-                        self.after(seconds, self._peer_down, self.ranks[one], other, "silent")
+                        self.after(seconds, self._peer_down, self.ranks[observer], lost, "silent")
 
     def _is_cut(self, one: int, other: int) -> bool:
         split = self._split
