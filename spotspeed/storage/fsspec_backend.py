@@ -37,6 +37,8 @@ from spotspeed.storage.fsspec_failures import (
 BLOCK_BYTES = 16 * 1024 * 1024
 """Size of one part of a streamed upload; S3 takes at most 10,000 parts, so 160 GB an object."""
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
+_IMITATED = frozenset({"s3", "s3a"})
+"""Protocols that many stores speak and not all speak well."""
 _READ_ONLY = frozenset({"http", "https"})
 _HIDDEN = ".tmp-"
 
@@ -50,6 +52,8 @@ class FsspecStorage:
         self._fs = _filesystem(url) if filesystem is None else filesystem
         self._root = self._fs._strip_protocol(self._url).rstrip("/")
         self._is_object_store = self._protocol in _OBJECT_STORES
+        self._is_conditional = self._is_object_store
+        self._is_proven = self._protocol not in _IMITATED
 
     @property
     def url(self) -> str:
@@ -57,7 +61,7 @@ class FsspecStorage:
 
     @property
     def has_atomic_create(self) -> bool:
-        return self._is_object_store
+        return self._is_conditional
 
     def put(self, key: str, data: ReadBuffer) -> None:
         path, content = self._writable(key), bytes(as_bytes_view(data))
@@ -70,21 +74,29 @@ class FsspecStorage:
             self._fs.pipe_file(path, content)
 
     def create(self, key: str, data: ReadBuffer) -> bool:
-        path = self._writable(key)
-        if not self._is_object_store:
+        """See Storage.create; the first one finds out whether the store keeps its word.
+
+        Some that speak the protocol of S3 ignore the condition and replace the object. So the
+        first creation looks before, and is repeated after: a store that accepts it twice is from
+        then on one without atomic create.
+        """
+        path, content = self._writable(key), bytes(as_bytes_view(data))
+        if not self._is_conditional or not self._is_proven:
             with self._failing("create", key):
                 self._fs.invalidate_cache()
                 if self._fs.exists(path):
                     return False
-            self.put(key, data)
+        if not self._is_conditional:
+            self.put(key, content)
             return True
-        try:
-            self._fs.pipe_file(path, bytes(as_bytes_view(data)), mode="create")
-        except Exception as error:
-            if is_precondition_failure(error):
-                return False
-            raise remote_error("create", self._place(key), error) from error
-        return True
+        is_new = self._put_new(key, path, content)
+        if is_new and not self._is_proven:
+            self._is_conditional = not self._put_new(key, path, content)
+            if not self._is_conditional:
+                cause = "it replaces an object that it was told not to replace"
+                events.emit(events.Lost(f"atomic create at {self._url}", cause))
+            self._is_proven = True
+        return is_new
 
     def writer(self, key: str) -> FsspecWriter:
         path = self._writable(key)
@@ -166,6 +178,15 @@ class FsspecStorage:
             for key, info in infos
             if info["type"] == "file" and key.startswith(below) and _is_key(key)
         )
+
+    def _put_new(self, key: str, path: str, content: bytes) -> bool:
+        try:
+            self._fs.pipe_file(path, content, mode="create")
+        except Exception as error:
+            if is_precondition_failure(error):
+                return False
+            raise remote_error("create", self._place(key), error) from error
+        return True
 
     def _range(self, key: str, start: int, stop: int) -> bytes:
         """What the object has of [start, stop)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -36,6 +37,9 @@ MAKERS: dict[str, Callable[[Path], Storage]] = {
     "fsspec-local": _fsspec_local,
     "fsspec-memory": lambda path: FsspecStorage(f"memory://{uuid.uuid4().hex}/root"),
 }
+for _url in os.environ.get("SPOTSPEED_TEST_STORES", "").split():
+    # Real servers are tested where somebody has started them: "s3://bucket gs://bucket".
+    MAKERS[_url] = lambda path, url=_url: open_storage(f"{url}/{uuid.uuid4().hex}")  # type: ignore[misc]
 
 
 @pytest.fixture(params=sorted(MAKERS))
