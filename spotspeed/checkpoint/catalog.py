@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from spotspeed import events
 from spotspeed.checkpoint.ownership import read_epochs, read_restored
-from spotspeed.checkpoint.sealed import in_parallel, open_manifest
+from spotspeed.checkpoint.parallel import in_parallel
+from spotspeed.checkpoint.sealed import open_manifest
 from spotspeed.core.lineage import Lineage, Place, place_of, trace_lineage
 from spotspeed.core.manifest import Manifest
 from spotspeed.errors import CorruptionError, FormatError, ObjectNotFoundError

@@ -12,7 +12,8 @@ import numpy as np
 
 from spotspeed.checkpoint.arrays import to_numpy
 from spotspeed.checkpoint.fetch import Span, fetch, plan_spans
-from spotspeed.checkpoint.sealed import OpenShard, in_parallel, open_all, open_manifest, place
+from spotspeed.checkpoint.parallel import in_parallel
+from spotspeed.checkpoint.sealed import OpenShard, open_all, open_manifest, place
 from spotspeed.checkpoint.verify import VerifyReport, verify_checkpoint
 from spotspeed.core.format import FOOTER_BYTES
 from spotspeed.core.interval import Interval

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
+from spotspeed.checkpoint.parallel import in_parallel
 from spotspeed.core.format import FOOTER_BYTES, Footer, encode_footer
 from spotspeed.core.index import MAX_INDEX_BYTES, ShardIndex, parse_index
 from spotspeed.core.manifest import (
@@ -27,9 +26,6 @@ from spotspeed.errors import (
     ObjectNotFoundError,
 )
 from spotspeed.storage.contract import Storage
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,21 +133,3 @@ def open_all(storage: Storage, manifest: Manifest, *, threads: int) -> list[Open
         range(manifest.ticket.world_size),
         threads=threads,
     )
-
-
-def in_parallel(call: Callable[[T], U], items: Iterable[T], *, threads: int) -> list[U]:
-    """`call` of every item, in order; after the first error nothing more is begun.
-
-    When this returns or raises, no call is running any more.
-    """
-    work = list(items)
-    if len(work) < 2 or threads < 2:
-        return [call(item) for item in work]
-    with ThreadPoolExecutor(min(threads, len(work)), "spotspeed-read") as pool:
-        futures = [pool.submit(call, item) for item in work]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise

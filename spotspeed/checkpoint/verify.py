@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from spotspeed.checkpoint.fetch import SPAN_BYTES, check_padding, unpack
+from spotspeed.checkpoint.parallel import in_parallel
 from spotspeed.checkpoint.sealed import (
     OpenShard,
-    in_parallel,
     listed,
     open_manifest,
     open_receipt,

@@ -80,7 +80,10 @@ class SignalListener:
         return _wakeup.rearm()
 
     def close(self) -> None:
-        """Stop to listen and restore what was found; idempotent."""
+        """Stop to listen and restore what was found; idempotent.
+
+        Nothing may poll `fileno` any more: the number may soon mean something else.
+        """
         if not self._is_closed:
             self._is_closed = True
             _wakeup.remove(self)
@@ -157,7 +160,8 @@ class _Wakeup:
             if self._listeners or self._read_fd < 0:
                 return
         if not _is_main_thread():
-            _logger.warning("signal handlers stay installed: closed off the main thread")
+            if threading.main_thread().is_alive():
+                _logger.warning("signal handlers stay installed: closed off the main thread")
             return
         self._restore()
 
