@@ -1,4 +1,4 @@
-"""Coordinators of several ranks in one process, over real sockets: what the training can rely on."""
+"""Coordinators of several ranks in one process, over real sockets: what a training relies on."""
 
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ def job_of(size: int, **sections: object) -> Iterator[Job]:
             saver.coordinator = Coordinator(network.transports[rank], config(**sections), saver)
             coordinators.append(saver.coordinator)
         job = Job(coordinators, savers)
+        job.each(lambda rank: coordinators[rank].exchange("connected", b""))
         try:
             yield job
         finally:
@@ -213,9 +214,8 @@ def test_a_late_notice_saves_the_last_step_while_others_are_closing() -> None:
 
 
 def test_close_waits_for_all_ranks_and_says_which_call_is_missing() -> None:
-    with job_of(2) as job:
-        with pytest.raises(CutTimeoutError, match=r"close\(\) on every rank"):
-            job.coordinators[1].close(0.1)
+    with job_of(2) as job, pytest.raises(CutTimeoutError, match=r"close\(\) on every rank"):
+        job.coordinators[1].close(0.1)
     with job_of(2) as job:
         assert job.each(lambda rank: job.coordinators[rank].close(WAIT_S)) == [GateVerdict.GO] * 2
 
@@ -245,7 +245,9 @@ def test_an_exchange_gives_every_rank_all_values_in_order() -> None:
     with job_of(4) as job:
         for turn in range(20):
             found = job.each(
-                lambda rank, turn=turn: job.coordinators[rank].exchange("x", b"%d.%d" % (turn, rank))
+                lambda rank, turn=turn: job.coordinators[rank].exchange(
+                    f"turn {turn}", b"%d.%d" % (turn, rank)
+                )
             )
             assert found == [[b"%d.%d" % (turn, rank) for rank in range(4)]] * 4
 
