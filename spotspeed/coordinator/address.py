@@ -8,20 +8,18 @@ on loopback; where MASTER_ADDR itself is a loopback address, nothing else is lis
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import json
 import os
 import socket
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from spotspeed.coordinator.interfaces import interface_hosts
 from spotspeed.errors import CoordinationError
 
 _HOSTS_MAX = 16
-_SIOCGIFADDR = 0x8915
 _DOCUMENTATION_HOSTS = ("192.0.2.1", "2001:db8::1")
 """Addresses that no packet is ever sent to (RFC 5737, RFC 3849): they find the default route."""
 
@@ -104,7 +102,7 @@ def _listen(family: socket.AddressFamily, host: str) -> socket.socket:
 
 
 def _own_hosts(master_host: str | None, environ: Mapping[str, str]) -> Iterator[str]:
-    interfaces = list(_interface_hosts())
+    interfaces = [(name, host) for name, host in interface_hosts() if _is_useful(host)]
     preferred = _preferred_interfaces(environ)
     yield from (host for name, host in interfaces if name.startswith(preferred))
     for target in (master_host, *_DOCUMENTATION_HOSTS):
@@ -146,22 +144,3 @@ def _is_loopback(host: str) -> bool:
 def _is_useful(host: str) -> bool:
     address = ipaddress.ip_address(host)
     return not (address.is_loopback or address.is_link_local or address.is_unspecified)
-
-
-def _interface_hosts() -> Iterator[tuple[str, str]]:
-    """(interface, address) for every address but loopback and link-local ones."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue
-            address = str(ipaddress.ip_address(answer[20:24]))
-            if _is_useful(address):
-                yield name, address
-    table = Path("/proc/net/if_inet6")
-    for line in table.read_text().splitlines() if table.exists() else ():
-        digits, _, _, _, _, name = line.split()
-        address = str(ipaddress.ip_address(bytes.fromhex(digits)))
-        if _is_useful(address):
-            yield name, address

@@ -34,12 +34,14 @@ class LocalTransport:
 
     def send(self, to: int, payload: bytes) -> None:
         check_message(to, payload, world_size=1)
+        if self._is_closed:
+            return
         self._inbox.append(Received(0, bytes(payload)))
         os.eventfd_write(self._wakeup_fd, 1)
 
     def handle(self) -> list[TransportEvent]:
         events, self._inbox = self._inbox, []
-        if events:
+        if events and not self._is_closed:
             os.eventfd_read(self._wakeup_fd)
         return events
 

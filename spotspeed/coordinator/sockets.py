@@ -100,7 +100,8 @@ class SocketTransport:
     def connect(self, to: int) -> None:
         check_message(to, b"", world_size=self._world_size)
         peer = self._peer(to)
-        if to == self._rank or peer.is_down or peer.links or peer.dial:
+        is_busy = bool(peer.is_down or peer.links or peer.dial)
+        if to == self._rank or is_busy or self._is_closed:
             return
         hosts = self._endpoints[to].seen_from(self._endpoints[self._rank])
         now_s = time.monotonic()
@@ -109,6 +110,8 @@ class SocketTransport:
 
     def send(self, to: int, payload: bytes) -> None:
         check_message(to, payload, world_size=self._world_size)
+        if self._is_closed:
+            return
         if to == self._rank:
             self._report(Received(to, bytes(payload)))
             return
@@ -128,7 +131,8 @@ class SocketTransport:
             self._down(to, f"does not read: {queued_bytes} bytes are queued for it")
 
     def handle(self) -> list[TransportEvent]:
-        self._turn()
+        if not self._is_closed:
+            self._turn()
         events, self._events = self._events, []
         return events
 

@@ -95,7 +95,10 @@ class Transport(Protocol):
         ...
 
     def close(self, *, drain_s: float = 0.0) -> None:
-        """Write out what is queued, for at most `drain_s` seconds, say goodbye, close all."""
+        """Write out what is queued, for at most `drain_s` seconds, say goodbye, close all.
+
+        Idempotent. What is sent later is dropped; `fileno` is no more.
+        """
         ...
 
 

