@@ -1,10 +1,10 @@
-"""Where the bytes of a save come from, and the one function that copies them into a slot."""
+"""Where the bytes of a save come from, and the copies that lay them into slots."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -13,10 +13,14 @@ from spotspeed.core.chunks import StreamLayout
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.errors import CaptureError
-from spotspeed.staging.native import CopyEngine
+from spotspeed.staging.native import CopyEngine, CopyHandle
 
 if TYPE_CHECKING:
     import torch
+
+Copy = tuple[int, int, int]
+"""(source address, target address, bytes)."""
+_ZEROS = np.zeros(4096, dtype=np.uint8)
 
 
 class Source(Protocol):
@@ -111,38 +115,48 @@ def gather(
     return fragments, sources
 
 
-def fill_slot(
-    layout: StreamLayout,
-    sources: Sequence[Source],
-    chunk: int,
-    address: int,
-    engine: CopyEngine,
-) -> None:
-    """Write chunk number `chunk` to memory at `address`; bytes that belong to no entry are zero.
+@dataclass(slots=True)
+class CopyPlan:
+    """Copies that fill slots with chunks; bytes of a chunk that belong to no entry become zero."""
 
-    Without the GIL, on the calling thread and on those of `engine`.
-    """
-    position = 0
-    copies: list[tuple[int, int, int]] = []
-    begun: list[Source] = []
-    for segment in layout.segments(chunk):
-        if segment.chunk_offset > position:
-            ctypes.memset(address + position, 0, segment.chunk_offset - position)
-        source = sources[layout.sources[segment.entry]]
-        target = address + segment.chunk_offset
-        if isinstance(source, HostSource):
-            copies.append((source.address + segment.source_offset, target, segment.size_bytes))
-        else:
-            source.copy_to(target, segment.source_offset, segment.size_bytes)
-            begun.append(source)
-        position = segment.chunk_offset + segment.size_bytes
-    size = layout.chunks[chunk].size_bytes
-    if size > position:
-        ctypes.memset(address + position, 0, size - position)
-    if copies:
-        engine.copy(copies)
-    for source in begun:
-        source.finish()
+    host: list[Copy] = field(default_factory=list)
+    device: list[tuple[Source, int, int, int]] = field(default_factory=list)
+    """(source, target address, offset in the source, bytes)."""
+
+    def add(
+        self, layout: StreamLayout, sources: Sequence[Source], chunk: int, address: int
+    ) -> None:
+        """Fill the memory at `address` with chunk number `chunk`."""
+        position = 0
+        for segment in layout.segments(chunk):
+            self._clear(address + position, segment.chunk_offset - position)
+            source = sources[layout.sources[segment.entry]]
+            target, offset = address + segment.chunk_offset, segment.source_offset
+            if isinstance(source, HostSource):
+                self.host.append((source.address + offset, target, segment.size_bytes))
+            else:
+                self.device.append((source, target, offset, segment.size_bytes))
+            position = segment.chunk_offset + segment.size_bytes
+        self._clear(address + position, layout.chunks[chunk].size_bytes - position)
+
+    def run(self, engine: CopyEngine, begun: Callable[[CopyHandle], None]) -> None:
+        """Copy, on the calling thread and those of `engine`, without the GIL; `begun` hears of it.
+
+        Whoever has the handle may help by waiting for it.
+        """
+        for source, target, offset, size_bytes in self.device:
+            source.copy_to(target, offset, size_bytes)
+        if self.host:
+            handle = engine.submit(self.host)
+            begun(handle)
+            handle.wait()
+        for source in {id(source): source for source, *_ in self.device}.values():
+            source.finish()
+
+    def _clear(self, address: int, size_bytes: int) -> None:
+        for start in range(0, size_bytes, len(_ZEROS)):
+            size = min(len(_ZEROS), size_bytes - start)
+            self.host.append((_ZEROS.ctypes.data, address + start, size))
 
 
 def _check_tensor(fragment: Fragment, tensor: torch.Tensor) -> None:

@@ -17,11 +17,11 @@ from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.events import Sealed, Staged, Stalled, emit
 from spotspeed.staging.check import Window
 from spotspeed.staging.client import SaverSession
-from spotspeed.staging.native import CopyEngine
-from spotspeed.staging.sources import Source, fill_slot
+from spotspeed.staging.native import CopyEngine, CopyHandle
+from spotspeed.staging.sources import CopyPlan, Source
 
 BATCH_BYTES = 16 * 1024 * 1024
-"""Filled chunks are handed to the saver in batches of about this size."""
+"""Chunks are claimed, copied and handed to the saver in batches of about this size."""
 _STALL_MIN_S = 0.001
 
 
@@ -70,6 +70,7 @@ class StagedSave:
         self._next = 0
         self._filled: dict[int, int] = {}
         self._sent = 0
+        self._copying: list[CopyHandle] = []
         self._lock = threading.Lock()
         self._claim_lock = threading.Lock()
         self._send_lock = threading.Lock()
@@ -115,10 +116,17 @@ class StagedSave:
         """Whether it is sealed, failed or abandoned."""
         return self._is_over
 
-    def copy(self, deadline: float | None) -> None:
-        """Copy chunks until none is left, the save is over or `deadline` has passed."""
+    def copy(self, deadline: float | None, *, is_urgent: bool) -> None:
+        """Copy chunks until none is left, the save is over or `deadline` has passed.
+
+        An urgent copier first helps those at work, which may be of low priority.
+        """
         try:
-            while not self._is_over and self._copy_next(deadline):
+            with self._lock:
+                others = list(self._copying)
+            for handle in others if is_urgent else ():
+                handle.wait()
+            while not self._is_over and self._copy_batch(deadline, is_urgent):
                 pass
         except SpotSpeedError as error:
             self._end(error, tell=False)
@@ -149,33 +157,52 @@ class StagedSave:
         """The saver says, or its death: failed."""
         self._end(error, tell=False)
 
-    def _copy_next(self, deadline: float | None) -> bool:
-        """Claim a chunk and a slot, copy it, send what is complete; False when there is none."""
+    def _copy_batch(self, deadline: float | None, is_urgent: bool) -> bool:
+        """Claim, copy and send some chunks; False when none is left or `deadline` has passed."""
         timeout_s = -1 if deadline is None else max(0.0, deadline - time.monotonic())
         if not self._claim_lock.acquire(timeout=timeout_s):
             return False
         try:
             session, layout = self._open()
-            chunk = self._next
-            if chunk == len(layout.chunks):
-                return False
-            slot = self._take_slot(session, deadline)
-            if slot is None:
-                return False
-            self._next += 1
+            claimed = self._claim(session, layout, deadline)
         finally:
             self._claim_lock.release()
-        address = session.slot_address(slot)
-        fill_slot(layout, self._sources, chunk, address, self._settings.engine)
+        if not claimed:
+            return False
+        plan = CopyPlan()
+        for chunk, slot in claimed.items():
+            plan.add(layout, self._sources, chunk, session.slot_address(slot))
+        plan.run(self._settings.urgent if is_urgent else self._settings.lazy, self._begun)
         with self._lock:
             is_wanted = not self._is_over
             if is_wanted:
-                self._filled[chunk] = slot
+                self._filled |= claimed
         if not is_wanted:
-            session.pool.release([slot])
+            session.pool.release(claimed.values())
             return False
         self._send(session, layout, eager=session.pool.free_count == 0)
         return True
+
+    def _claim(
+        self, session: SaverSession, layout: StreamLayout, deadline: float | None
+    ) -> dict[int, int]:
+        """The next chunks and a slot for each; waits only for the first slot."""
+        claimed: dict[int, int] = {}
+        size = 0
+        while self._next < len(layout.chunks) and size < BATCH_BYTES:
+            slot = session.pool.acquire(timeout_s=0)
+            if slot is None and not claimed:
+                slot = self._wait_slot(session, layout, deadline)
+            if slot is None:
+                break
+            claimed[self._next] = slot
+            size += layout.chunks[self._next].size_bytes
+            self._next += 1
+        return claimed
+
+    def _begun(self, handle: CopyHandle) -> None:
+        with self._lock:
+            self._copying = [other for other in self._copying if not other.done()] + [handle]
 
     def _open(self) -> tuple[SaverSession, StreamLayout]:
         """Announce the save; called under the claim lock."""
@@ -198,15 +225,13 @@ class StagedSave:
                 self._finish(session)
         return self._session, self._layout
 
-    def _take_slot(self, session: SaverSession, deadline: float | None) -> int | None:
-        """A free slot; when there is none, send what is filled and wait for the saver."""
-        slot = session.pool.acquire(timeout_s=0)
-        if slot is not None:
-            return slot
-        assert self._layout is not None
+    def _wait_slot(
+        self, session: SaverSession, layout: StreamLayout, deadline: float | None
+    ) -> int | None:
+        """Send what is filled, and wait until the saver gives a slot back."""
         began = time.monotonic()
-        self._send(session, self._layout, eager=True)
-        session.send(Need(min(len(self._layout.chunks) - self._next, session.pool.slot_count)))
+        self._send(session, layout, eager=True)
+        session.send(Need(min(len(layout.chunks) - self._next, session.pool.slot_count)))
         timeout_s = None if deadline is None else max(0.0, deadline - began)
         slot = session.pool.acquire(give_up=lambda: self._is_over, timeout_s=timeout_s)
         self._stalled_s += time.monotonic() - began
@@ -272,5 +297,6 @@ class CopySettings:
     session: Callable[[], SaverSession]
     number: Callable[[], int]
     help: Callable[[StagedSave, float | None], None]
-    engine: CopyEngine
+    lazy: CopyEngine
+    urgent: CopyEngine
     compression: str | None

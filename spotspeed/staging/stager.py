@@ -63,7 +63,9 @@ class Stager:
         self._session_lock = threading.Lock()
         self._owner: tuple[int, float] | None = None
         self._numbers = itertools.count(1)
-        self._engine = CopyEngine(copy_threads(local_world_size), low_priority=True)
+        threads = copy_threads(local_world_size)
+        self._lazy = CopyEngine(threads, low_priority=True)
+        self._urgent = CopyEngine(threads)
         self._is_on_device = False
         self._jobs: deque[StagedSave] = deque()
         self._changed = threading.Condition()
@@ -100,7 +102,7 @@ class Stager:
             window=Window(fragments, sources, self._config.staging.check, seed=seed),
             settings=CopySettings(
                 self._open_session, lambda: next(self._numbers), self._help,
-                self._engine, self._config.compression,
+                self._lazy, self._urgent, self._config.compression,
             ),
         )  # fmt: skip
         self._share_bytes = max(self._share_bytes, save.size_bytes)
@@ -190,7 +192,7 @@ class Stager:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICE)
         while (job := self._first()) is not None:
-            job.copy(None)
+            job.copy(None, is_urgent=False)
             with self._changed:
                 if self._jobs and self._jobs[0] is job:
                     self._jobs.popleft()
@@ -207,7 +209,7 @@ class Stager:
         for job in jobs if save in jobs else ():
             if deadline is not None and time.monotonic() >= deadline:
                 return
-            job.copy(deadline)
+            job.copy(deadline, is_urgent=True)
             if job is save:
                 return
 

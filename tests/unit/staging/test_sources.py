@@ -17,7 +17,7 @@ from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.errors import CaptureError
 from spotspeed.staging.check import Mode, Window
 from spotspeed.staging.native import CopyEngine
-from spotspeed.staging.sources import fill_slot, gather
+from spotspeed.staging.sources import CopyPlan, gather
 
 ENGINE = CopyEngine(1)
 CHUNK = 4096
@@ -49,7 +49,9 @@ def test_the_slots_hold_the_raw_stream_and_zeros_between(
         expected[entry.raw_offset : entry.raw_stop] = contents[number]
     for chunk in layout.chunks:
         slot: np.ndarray[Any, Any] = np.full(CHUNK, 0xA5, dtype=np.uint8)
-        fill_slot(layout, sources, chunk.index, slot.ctypes.data, ENGINE)
+        plan = CopyPlan()
+        plan.add(layout, sources, chunk.index, slot.ctypes.data)
+        plan.run(ENGINE, lambda handle: None)
         assert bytes(slot[: chunk.size_bytes]) == expected[chunk.raw_offset : chunk.raw_stop]
         assert (slot[chunk.size_bytes :] == 0xA5).all(), "written behind the chunk"
 
