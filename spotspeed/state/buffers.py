@@ -7,7 +7,8 @@ is kept (two, and one more while a save reads an older one).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class BufferCopy:
 
     names: tuple[str, ...]
     tensors: tuple[torch.Tensor, ...]
+    layout: object
+    """Equal (the same object) for copies of the same set of live tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +48,29 @@ class Buffers:
         self._places: tuple[_Place, ...] = ()
         self._dicts: list[dict[str, Any]] = []
         self._count = -1
+        self._known: list[torch.Tensor | None] = []
+        self._layout = object()
         self._targets: list[tuple[_Place, torch.Tensor]] = []
 
     def copy(self, spare: BufferCopy | None) -> BufferCopy:
         """The buffers as they are now, in the memory of `spare` where that fits."""
         self._find_places()
         live = [place.module._buffers[place.key] for place in self._places]
-        sources = [tensor.detach() for tensor in live if tensor is not None]
+        sources = [tensor for tensor in live if tensor is not None]
         if not sources:
             return _NOTHING
-        names = tuple(place.name for place, tensor in zip(self._places, live, strict=True)
-                      if tensor is not None)  # fmt: skip
-        if spare is None or spare.names != names or not _fits(spare.tensors, sources):
-            return BufferCopy(names, tuple(
-                tensor.clone(memory_format=torch.contiguous_format) for tensor in sources
-            ))  # fmt: skip
-        torch._foreach_copy_(spare.tensors, sources)
-        return spare
+        if len(live) != len(self._known) or not all(map(operator.is_, live, self._known)):
+            self._known, self._layout = live, object()
+        with torch.no_grad():
+            # A tensor keeps its device and dtype for life, but it may be resized.
+            is_alike = spare is not None and spare.layout is self._layout
+            if spare is not None and is_alike and _same_shapes(spare.tensors, sources):
+                torch._foreach_copy_(spare.tensors, sources)
+                return spare
+            copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in sources]
+        names = [place.name for place, tensor in zip(self._places, live, strict=True)
+                 if tensor is not None]  # fmt: skip
+        return BufferCopy(tuple(names), tuple(copies), self._layout)
 
     def check(self) -> None:
         """Raise CaptureError, naming the buffer, when one cannot be stored."""
@@ -157,7 +166,7 @@ class Buffers:
         )
 
 
-_NOTHING = BufferCopy((), ())
+_NOTHING = BufferCopy((), (), None)
 
 
 def _piece(key: TensorKey, tensor: torch.Tensor) -> Piece:
@@ -170,13 +179,8 @@ def _geometry(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
     return dtype_name(tensor), tuple(tensor.shape)
 
 
-def _fits(targets: Sequence[torch.Tensor], sources: Iterable[torch.Tensor]) -> bool:
-    return all(
-        target.shape == source.shape
-        and target.dtype is source.dtype
-        and target.device == source.device
-        for target, source in zip(targets, sources, strict=True)
-    )
+def _same_shapes(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> bool:
+    return [tensor.shape for tensor in targets] == [tensor.shape for tensor in sources]
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:

@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from spotspeed.core.sample_order import GlobalSampler
 from spotspeed.state.loader import ordered_loader
 
+alive_at_exit = []
+"""Holds the iterator until the interpreter terminates and joins its workers itself."""
+
 
 class Pids(Dataset):
     def __len__(self):
@@ -33,6 +36,7 @@ def make(method, *, persistent):
 def main(mode: str, method: str) -> None:
     loader = make(method, persistent=mode == "persistent")
     iterator = iter(loader)
+    alive_at_exit.append(iterator)
     pids = {int(next(iterator)[0]) for _ in range(2)}
     assert len(pids) == 2 and os.getpid() not in pids
     if mode == "stranger":
@@ -48,7 +52,6 @@ def main(mode: str, method: str) -> None:
             assert worker.exitcode == 0, worker.exitcode
         os._exit(0)
     sys.stdout.write(f"{mode}: {len(pids)} workers lived\n")
-    # In mode "persistent" the interpreter now exits with the workers alive.
 
 
 if __name__ == "__main__":
