@@ -16,21 +16,32 @@ CASES = ("zero0", "zero0-bf16", "zero1", "zero1-bf16-optimizer", "zero2-fp16", "
 
 
 def lines(output, rank):
-    return [line for line in output.splitlines() if line.startswith(f"rank {rank}: ")]
+    return [line.split()[2] for line in output.splitlines() if line.startswith(f"rank {rank}: ")]
 
 
-def test_one_process_resumes_bit_for_bit_at_every_stage():
+def run_alone(driver, *arguments):
+    """What one process, that is its own launcher, writes; fails when it does."""
     port = free_port()
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**rank_environment(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
            "PYTHONPATH": path}  # fmt: skip
     try:
-        done = subprocess.run([sys.executable, DRIVER, *CASES], cwd=ROOT, env=env, timeout=300,
+        done = subprocess.run([sys.executable, driver, *arguments], cwd=ROOT, env=env, timeout=300,
                               capture_output=True, text=True)  # fmt: skip
     finally:
         remove_shared_memory(port)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert [line.split()[2] for line in lines(done.stdout, 0)] == [f"{name}:" for name in CASES]
+    return done.stdout
+
+
+def test_one_process_resumes_bit_for_bit_at_every_stage():
+    output = run_alone(DRIVER, *CASES)
+    assert lines(output, 0) == [f"{name}:" for name in CASES]
+
+
+def test_the_hooks_fire_at_the_boundaries_of_real_engines():
+    output = run_alone("tests/distributed/drivers/boundary_real.py")
+    assert lines(output, 0) == ["check_engine:", "check_overflow:", "check_pipeline:"]
 
 
 @pytest.mark.ranks
@@ -38,5 +49,4 @@ def test_two_ranks_resume_bit_for_bit():
     cases = ("zero1", "zero2-fp16", "zero3")
     finished = run_ranks(2, DRIVER, *cases, timeout_s=240)
     for rank in range(2):
-        found = lines(finished.output, rank)
-        assert [line.split()[2] for line in found] == [f"{name}:" for name in cases]
+        assert lines(finished.output, rank) == [f"{name}:" for name in cases]

@@ -1,0 +1,164 @@
+"""The hooks on real engines: when they fire, what they leave alone; asserts, prints what it did."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tempfile
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from spotspeed.state import boundary
+from spotspeed.state.boundary import PASS
+
+NAMES = ("__init__", "_take_model_step", "forward", "save_checkpoint", "load_checkpoint", "destroy")
+
+
+class Hooks:
+    def __init__(self):
+        self.seen, self.answer = [], PASS
+
+    def before_update(self, engine):
+        self.seen.append(("before", engine.global_steps, bool(engine.skipped_steps)))
+
+    def after_update(self, engine):
+        self.seen.append(("after", engine.global_steps, bool(engine.skipped_steps)))
+
+    def before_forward(self, engine):
+        self.seen.append("forward")
+
+    def on_save(self, engine, arguments):
+        self.seen.append(("save", arguments["tag"], arguments["client_state"]))
+        return self.answer
+
+    def on_load(self, engine, arguments):
+        self.seen.append(("load", arguments["tag"], arguments["load_lr_scheduler_states"]))
+        return self.answer
+
+    def on_destroy(self, engine):
+        self.seen.append("destroy")
+
+
+def config(**changes):
+    return {
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}, **changes,
+    }  # fmt: skip
+
+
+def make(**changes):
+    model = torch.nn.Linear(4, 1)
+    return deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config(**changes)
+    )[0]
+
+
+def micro_step(engine, factor=1.0):
+    dtype = next(engine.module.parameters()).dtype
+    engine.backward(engine(torch.ones(2, 4, dtype=dtype)).float().mean() * factor)
+    engine.step()
+
+
+def check_signatures() -> None:
+    before = {name: inspect.signature(getattr(DeepSpeedEngine, name)) for name in NAMES}
+    boundary.install_hooks()
+    wrapped = {name: getattr(DeepSpeedEngine, name) for name in NAMES}
+    boundary.install_hooks()
+    for name in NAMES:
+        assert inspect.signature(getattr(DeepSpeedEngine, name)) == before[name], name
+        assert getattr(DeepSpeedEngine, name) is wrapped[name], name
+    assert "exclude_frozen_parameters" in inspect.signature(
+        DeepSpeedEngine.save_checkpoint).parameters  # fmt: skip
+
+
+def check_engine() -> None:
+    made = []
+    stop = boundary.on_new_engine(made.append)
+    engine, other = make(zero_optimization={"stage": 2}, bf16={"enabled": True}), make()
+    assert made == [engine, other]
+    stop()
+    hooks = Hooks()
+    binding = boundary.bind(engine, hooks)
+    for _ in range(2):
+        micro_step(engine)
+        micro_step(other)
+    binding.watches_forward = True
+    micro_step(engine)
+    binding.watches_forward = False
+    micro_step(engine)
+    assert hooks.seen == [("before", 0, False), ("after", 1, False), "forward",
+                          ("before", 1, False), ("after", 2, False)], hooks.seen  # fmt: skip
+    check_saving(engine, hooks)
+    engine.destroy()
+    other.destroy()
+    assert hooks.seen == ["destroy"]
+
+
+def check_saving(engine, hooks) -> None:
+    hooks.seen.clear()
+    with tempfile.TemporaryDirectory() as directory:
+        engine.save_checkpoint(directory, "real", {"a": 1})
+        assert Path(directory, "real").is_dir()
+        path, client_state = engine.load_checkpoint(directory, load_lr_scheduler_states=False)
+        assert path is not None and client_state["a"] == 1
+        hooks.answer = "ours"
+        assert engine.save_checkpoint(directory, tag="not-written") == "ours"
+        assert not Path(directory, "not-written").exists()
+        assert engine.load_checkpoint(directory, tag="not-there") == "ours"
+    expected = [("save", "real", {"a": 1}), ("load", None, False), ("save", "not-written", {}),
+                ("load", "not-there", True)]  # fmt: skip
+    assert hooks.seen == expected, hooks.seen
+    hooks.seen.clear()
+
+
+def check_overflow() -> None:
+    engine = make(fp16={"enabled": True, "initial_scale_power": 4, "hysteresis": 1},
+                  zero_optimization={"stage": 1})  # fmt: skip
+    hooks = Hooks()
+    boundary.bind(engine, hooks)
+    for _ in range(2):
+        micro_step(engine, float("inf"))
+    assert hooks.seen == [("before", 0, False), ("after", 1, True)], hooks.seen
+    engine.destroy()
+
+
+def check_pipeline() -> None:
+    made = []
+    stop = boundary.on_new_engine(lambda engine: made.append(engine.micro_batches))
+    layers = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)]
+    model = PipelineModule(layers, num_stages=1, loss_fn=lambda out, _: out.mean())
+    engine = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config()
+    )[0]
+    stop()
+    assert type(engine) is PipelineEngine and made == [2]
+    hooks = Hooks()
+    boundary.bind(engine, hooks)
+    batches = iter([(torch.ones(2, 4), torch.ones(2, 1))] * 4)
+    for _ in range(2):
+        engine.train_batch(batches)
+    assert hooks.seen == [("before", 0, False), ("after", 1, False), ("before", 1, False),
+                          ("after", 2, False)], hooks.seen  # fmt: skip
+    engine.destroy()
+
+
+def main() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    # The CPU accelerator computes in fp16 but does not say so.
+    get_accelerator().is_fp16_supported = lambda: True
+    check_signatures()
+    deepspeed.init_distributed("gloo")
+    for check in (check_engine, check_overflow, check_pipeline):
+        check()
+        sys.stdout.write(f"rank 0: {check.__name__}: ok\n")
+
+
+if __name__ == "__main__":
+    main()
