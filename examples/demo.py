@@ -198,8 +198,10 @@ def largest_difference(outcome: Outcome, run: Run, reference: dict[int, float]) 
 
 def print_table(outcomes: list[Outcome], run: Run, reference: dict[int, float]) -> float:
     table = Table(title="What each interruption cost")
-    for name in ("launch", "what happened", "at step", "ranks", "resumed on", "steps lost",
-                 "notice to durable", "launch to first step", "bytes", "loss difference"):  # fmt: skip
+    for name in (
+        "launch", "what happened", "at step", "ranks", "resumed on", "steps lost",
+        "notice to durable", "launch to first step", "bytes", "loss difference",
+    ):  # fmt: skip
         table.add_column(name, justify="right")
     worst = 0.0
     for index, outcome in enumerate(outcomes):
