@@ -8,10 +8,13 @@ import torch
 
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import KIND_MASTER, KIND_WEIGHT, Fragment, Holding, TensorKey
-from spotspeed.state.optimizers import rule_for, split_state
+from spotspeed.state.optimizers import rule_for, split_state, state_dtype
 from spotspeed.state.partition import Layout, Partition, Resident, Slot
 from spotspeed.state.piece import Piece, dtype_name, flat_elements, run_of
 from spotspeed.state.weights import underived
+
+SCALAR_BYTES = 8
+"""At most so much is stored for one number of an optimizer's state."""
 
 
 def live_pieces(layout: Layout) -> Iterator[Piece]:
@@ -40,6 +43,27 @@ def underived_pieces(layout: Layout) -> Iterator[Piece]:
         key, dtype = TensorKey(KIND_WEIGHT, slot.name), dtype_name(weight)
         fragment = Fragment(key, dtype, slot.shape, slot.interval)
         yield _piece(fragment, weight, partition.replica_index, partition.replica_count)
+
+
+def expected_bytes(layout: Layout) -> int:
+    """The bytes of this rank's shares when every master has all of its optimizer state.
+
+    The optimizers make their state in the first step; this counts it also before.
+    """
+    optimizer, total = layout.optimizer, 0
+    for partition in layout.partitions():
+        rule = rule_for(optimizer, partition.hyper)
+        state = optimizer.state.get(partition.master) or {}
+        item_bytes = partition.master.element_size()
+        for key in rule.elementwise:
+            present = state.get(key)
+            dtype = state_dtype(partition.master, optimizer) if present is None else present.dtype
+            item_bytes += dtype.itemsize
+        for slot in partition.slots:
+            share = slot.interval.split(partition.replica_count, partition.replica_index)
+            total += share.count * item_bytes + len(rule.scalars) * SCALAR_BYTES
+    residents = (resident_piece(resident).share for resident in layout.residents())
+    return total + sum(piece.fragment.size_bytes for piece in residents)
 
 
 def slot_piece(partition: Partition, slot: Slot, kind: str, elements: torch.Tensor) -> Piece:

@@ -114,11 +114,16 @@ def split_state(
     return elementwise, scalars
 
 
+def state_dtype(master: torch.Tensor, optimizer: Any) -> torch.dtype:
+    """The dtype in which the optimizer makes elementwise state for a master in its first step."""
+    is_own = type(optimizer).__name__ in _DEEPSPEED
+    is_fp32 = is_own and getattr(optimizer, "fp32_optimizer_states", False)
+    return torch.float32 if is_fp32 else master.dtype
+
+
 def empty_like(master: torch.Tensor, optimizer: Any) -> torch.Tensor:
     """A zeroed elementwise state tensor, as the optimizer would make it in its first step."""
-    is_fp32 = getattr(optimizer, "fp32_optimizer_states", None)
-    dtype = torch.float32 if is_fp32 and type(optimizer).__name__ in _DEEPSPEED else master.dtype
-    return torch.zeros_like(master.detach(), dtype=dtype)
+    return torch.zeros_like(master.detach(), dtype=state_dtype(master, optimizer))
 
 
 def store_scalar(

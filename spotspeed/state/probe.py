@@ -69,6 +69,8 @@ def _unsupported(engine: Any) -> Iterable[str]:
         yield "Muon (its momentum has another layout than its master)"
     if getattr(compile_config, "deepcompile", False) and compile_config.offload_opt_states:
         yield "DeepCompile's offload_opt_states (it moves the state during forward)"
+    if any(hasattr(parameter, "ds_optim_param") for parameter in engine.module.parameters()):
+        yield "OptimizedLinear (its frozen weights are sharded beside ZeRO)"
     yield from _unsupported_offload(optimizer)
 
 

@@ -11,7 +11,7 @@ import torch
 from spotspeed.core.layout import StoredTensor, TensorKey
 from spotspeed.errors import CaptureError, UnsupportedLayoutError
 from spotspeed.state.bf16 import Bf16Layout
-from spotspeed.state.capture import live_pieces, underived_pieces
+from spotspeed.state.capture import expected_bytes, live_pieces, underived_pieces
 from spotspeed.state.fit import check_optimizer, check_parameters
 from spotspeed.state.fp16_fused import FusedLayout
 from spotspeed.state.fp16_unfused import UnfusedLayout
@@ -50,6 +50,10 @@ class StateProvider(Protocol):
         They are of kind "weight", may cover only part of a parameter, and need to be stored
         beside `pieces`. Costs one pass over the masters.
         """
+        ...
+
+    def expected_bytes(self) -> int:
+        """The bytes of this rank's shares of `pieces`, once the optimizer has made its state."""
         ...
 
     def prepare_restore(self, stored: Mapping[TensorKey, StoredTensor]) -> list[Piece]:
@@ -138,6 +142,9 @@ class EngineState:
 
     def pieces(self) -> list[Piece]:
         return list(live_pieces(self._layout))
+
+    def expected_bytes(self) -> int:
+        return expected_bytes(self._layout)
 
     def derived_mismatches(self) -> list[Piece]:
         moved = self._offloaded()
