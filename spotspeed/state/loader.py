@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any, cast
 
 import numpy as np
 import torch
+from deepspeed import comm
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
@@ -23,14 +25,20 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from spotspeed.core.sample_order import GlobalSampler, MicroBatch
+from spotspeed.core.sample_order import GlobalSampler, MicroBatch, SampleOrder
 from spotspeed.errors import ConfigError
+from spotspeed.state.cursor import resume_sample
 from spotspeed.state.workers import DEFAULT_SIGNALS, WorkerInit, held_back
 
 
 def reads_shuffled(loader: DataLoader[Any]) -> bool:
     """Whether the user's loader shuffles; raises ConfigError when its order is not known to us."""
     sampler = loader.sampler
+    if type(loader.batch_sampler) is not BatchSampler:
+        raise ConfigError(
+            f"the loader makes its batches with {type(loader.batch_sampler).__name__}, whose order "
+            f"is not known: give it batch_size, and shuffle or a plain sampler"
+        )
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         raise ConfigError(
             f"{type(loader.dataset).__name__} is an iterable data set: its position cannot be "
@@ -47,6 +55,42 @@ def reads_shuffled(loader: DataLoader[Any]) -> bool:
         f"the loader's sampler is a {type(sampler).__name__}, whose order cannot be continued on "
         f"another number of ranks; use shuffle=True or False, or give the DataLoader a "
         f"spotspeed.GlobalSampler as batch_sampler yourself"
+    )
+
+
+def engine_sampler(
+    engine: Any,
+    loader: DataLoader[Any],
+    *,
+    stored: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    epochs: int | None = None,
+) -> GlobalSampler:
+    """The sampler of this rank for `loader`'s data, from where the stored cursor stands.
+
+    Batch sizes are the engine's, ranks those of its data-parallel group. A new stream is shuffled
+    as the loader is, by `seed` or else the loader's DistributedSampler's or 0, which must be the
+    same on all ranks, and begins at the engine's count of samples. Raises ConfigError when the
+    stored cursor is of another stream, or the global batch does not divide.
+    """
+    shuffle = reads_shuffled(loader)
+    if seed is None:
+        seed = int(getattr(loader.sampler, "seed", 0) if stored is None else stored.get("seed", 0))
+    size = len(cast(Sized, loader.dataset))
+    if stored is None:
+        start_sample = int(engine.global_samples)
+    else:
+        start_sample = resume_sample(stored, SampleOrder(size, seed, shuffle))
+    return GlobalSampler(
+        size,
+        global_batch=int(engine.train_batch_size()),
+        micro_batch=int(engine.train_micro_batch_size_per_gpu()),
+        rank=int(comm.get_rank(group=engine.data_parallel_group)),
+        world_size=int(engine.dp_world_size),
+        seed=seed,
+        shuffle=shuffle,
+        start_sample=start_sample,
+        epochs=epochs,
     )
 
 

@@ -14,13 +14,14 @@ import sys
 import deepspeed
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from spotspeed.core.layout import Extent, StoredTensor
 from spotspeed.core.plain import decode, encode
-from spotspeed.core.sample_order import GlobalSampler
 from spotspeed.state import boundary
 from spotspeed.state.boundary import PASS
-from spotspeed.state.cursor import Cursor, resume_sample
+from spotspeed.state.cursor import Cursor
+from spotspeed.state.loader import engine_sampler, ordered_loader
 from spotspeed.state.plain_tensors import from_plain, to_plain
 from spotspeed.state.provider import provider_for
 from spotspeed.state.small import SmallState
@@ -154,14 +155,29 @@ def build(config, seed):
     return engine, small
 
 
-def data(engine, start_sample):
-    sampler = GlobalSampler(
-        50, global_batch=engine.train_batch_size(), micro_batch=4, rank=engine.global_rank,
-        world_size=engine.world_size, seed=5, start_sample=start_sample,
-    )  # fmt: skip
+def data(engine, small, stored):
+    """Micro-batches through a real DataLoader with workers, from the stored cursor on."""
     samples = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
     dtype = next(engine.module.parameters()).dtype
-    return sampler.order, (samples[list(batch)].to(dtype) for batch in sampler)
+    loader = DataLoader(Samples(samples.to(dtype)), batch_size=4, shuffle=True, num_workers=1)
+    sampler = engine_sampler(engine, loader, stored=stored)
+    small.cursor = Cursor(
+        sampler.order, start_sample=sampler.start_sample, global_samples=engine.global_samples
+    )
+    return iter(ordered_loader(loader, sampler))
+
+
+class Samples(Dataset):
+    """Samples with random augmentation."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index] + 0.01 * torch.rand(8, dtype=self.samples.dtype)
 
 
 def train(engine, batches, last):
@@ -181,8 +197,7 @@ def rates(engine):
 
 def run_case(name, config):
     engine, small = build(config, seed=11 + int(os.environ["RANK"]))
-    order, batches = data(engine, 0)
-    small.cursor = Cursor(order, start_sample=0, global_samples=0)
+    batches = data(engine, small, None)
     saver = Saver(small)
     boundary.bind(engine, saver)
     losses = train(engine, batches, LAST)
@@ -195,8 +210,7 @@ def run_case(name, config):
 
     engine, small = build(config, seed=999)
     job = put_back(engine, small, saver.kept)
-    order, batches = data(engine, resume_sample(job["cursor"], order))
-    found = train(engine, batches, LAST)
+    found = train(engine, data(engine, small, job["cursor"]), LAST)
     assert len(found) == len(expected) == 2 * (LAST - CUT)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (found, expected)
     scale = getattr(engine.optimizer, "cur_scale", None)

@@ -142,6 +142,8 @@ def test_known_samplers_tell_whether_they_shuffle(loader, shuffles):
         (DataLoader(range(4), sampler=RandomSampler(range(4), replacement=True)), "RandomSampler"),
         (DataLoader(range(4), sampler=RandomSampler(range(4), num_samples=2)), "RandomSampler"),
         (DataLoader(range(4)), "made for 20 samples"),
+        (DataLoader(range(20), batch_size=None), "NoneType"),
+        (DataLoader(range(20), batch_sampler=sampler()), "GlobalSampler"),
     ],
 )
 def test_an_order_that_cannot_be_continued_is_refused(loader, why):
