@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from spotspeed import events
@@ -21,9 +21,12 @@ from spotspeed.core.manifest import Ticket
 from spotspeed.errors import ConfigError, SpotSpeedError
 from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch
 from spotspeed.state import boundary, loader_guard
+from spotspeed.state.cursor import Cursor
 from spotspeed.state.engine import Engine, rank_of, require_block, world_size_of
+from spotspeed.state.loader import engine_sampler, ordered_loader
 from spotspeed.state.provider import provider_for
 from spotspeed.state.small import SmallState
+from spotspeed.state.workers import DEFAULT_SIGNALS
 
 CLOSE_TIMEOUT_S = 1800.0
 """Longest time that close() waits for the other ranks and for the last bytes."""
@@ -37,8 +40,8 @@ class Checkpointer:
     Made by `attach`. All public methods belong to the main thread.
     """
 
-    def __init__(self, engine: Engine, config: SpotSpeedConfig) -> None:
-        self.engine, self.config = engine, config
+    def __init__(self, engine: Engine, config: SpotSpeedConfig, loader: Any = None) -> None:
+        self.engine, self.config, self.loader = engine, config, loader
         self.rank, self.world_size = rank_of(engine), world_size_of(engine)
         self._provider = provider_for(engine)
         self._small = SmallState(engine, self._provider.group_names)
@@ -79,6 +82,25 @@ class Checkpointer:
             loader_guard.hold()
         self._start()
         return self._restored
+
+    def batches(self, *, epochs: int | None = 1) -> Iterator[Any]:
+        """Micro-batches of the loader given to `attach`, from where the training stands.
+
+        Every sample of an epoch comes exactly once, across any sequence of interruptions and
+        numbers of ranks: the order is that of one global stream, shuffled as the loader is, and
+        `epochs` counts from its beginning (None: without end). Workers survive the notice signals.
+        Raises ConfigError when the loader's order cannot be continued, saying why.
+        """
+        if self.loader is None:
+            raise ConfigError("batches() needs the loader: spotspeed.attach(engine, loader=loader)")
+        stored = self._restored.cursor if self._restored else None
+        sampler = engine_sampler(self.engine, self.loader, stored=stored, epochs=epochs)
+        self._small.cursor = Cursor(
+            sampler.order, start_sample=sampler.start_sample,
+            global_samples=int(self.engine.global_samples),
+        )  # fmt: skip
+        signals = tuple({*DEFAULT_SIGNALS, *self.config.notice.signals})
+        yield from ordered_loader(self.loader, sampler, signals=signals)
 
     def save(self, tag: str | None = None) -> SaveHandle:
         """Save the last completed step; call it on every rank. Returns before bytes are copied."""
@@ -314,17 +336,16 @@ class Checkpointer:
             self._exit.disarm()
 
 
-def attach(
-    engine: Engine, config: SpotSpeedConfig | None = None
-) -> Checkpointer:
+def attach(engine: Engine, *, loader: Any = None) -> Checkpointer:
     """Checkpoint `engine` from now on, as its config's "spotspeed" block says.
 
-    Call it on every rank right after `deepspeed.initialize`. Raises ConfigError for a block that is
+    Call it on every rank right after `deepspeed.initialize`; `loader`, a DataLoader of a map-style
+    data set, is what `Checkpointer.batches` iterates. Raises ConfigError for a block that is
     missing or wrong, UnsupportedLayoutError for a layout that spotspeed does not know, and
     OwnedError when another living job has the path; the same on every rank.
     """
     try:
-        return Checkpointer(engine, config or require_block(engine))
+        return Checkpointer(engine, require_block(engine), loader)
     except SpotSpeedError:
         boundary.unbind(engine)
         raise
