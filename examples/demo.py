@@ -170,10 +170,14 @@ def interrupt(launcher: subprocess.Popen, how: str, chance: random.Random) -> No
     ranks[target].send_signal(signal.Signals[how])
 
 
+def count(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
+
+
 def show(leg: Leg, new: list[dict], steps: int) -> None:
     """One progress line that rewrites itself on a terminal."""
     step = f"step {new[-1]['step']:3d}/{steps} loss {new[-1]['loss']:.3f}" if new else "starting"
-    text = f"  {leg.ranks} ranks, {leg.launcher:9s} {leg.interruption or 'to the end':10s} {step}"
+    text = f"  {count(leg.ranks):7s}, {leg.launcher:9s} {leg.interruption or 'to the end':10s} {step}"
     if console.is_terminal:
         console.print(text, end="\r")
     elif new and new[-1]["step"] % 20 == 0 and show.last != (leg, new[-1]["step"]):
@@ -239,7 +243,7 @@ def draw(run: Run, reference: dict[int, float], outcomes: list[Outcome]) -> path
         rows = [r for r in run.records()
                 if r["step"] in wanted and r["ranks"] == outcome.leg.ranks]  # fmt: skip
         axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], color=color,
-                  label=f"{outcome.leg.ranks} ranks, {outcome.leg.launcher}")  # fmt: skip
+                  label=f"{count(outcome.leg.ranks)}, {outcome.leg.launcher}")  # fmt: skip
         if outcome.leg.interruption:
             axes.axvline(outcome.last_step, color="tab:red", linestyle=":", linewidth=1)
             axes.annotate(outcome.leg.interruption, (outcome.last_step, axes.get_ylim()[1]),
