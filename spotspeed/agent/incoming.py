@@ -52,7 +52,7 @@ class IncomingSave:
         self.progress = SaveProgress(begin.ticket.epoch, begin.ticket.directory, layout.raw_bytes)
         self._slots: list[int] = []
         self._has_ended = False
-        self._stopped: StoppedError | None = None
+        self.stopped: StoppedError | None = None
         self._changed = threading.Condition()
 
     def __str__(self) -> str:
@@ -87,31 +87,30 @@ class IncomingSave:
     def stop(self, reason: str) -> None:
         """Make every present and later wait raise StoppedError."""
         with self._changed:
-            if self._stopped is None:
-                self._stopped = StoppedError(f"{self}: {reason}")
+            if self.stopped is None:
+                self.stopped = StoppedError(f"{self}: {reason}")
             self._changed.notify_all()
 
-    def check(self) -> None:
-        """Raise StoppedError if the save was stopped."""
-        if self._stopped is not None:
-            raise self._stopped
+    def _check(self) -> None:
+        if self.stopped is not None:
+            raise self.stopped
 
     def slot(self, chunk: int, *, wait: bool) -> int | None:
         """Where chunk `chunk` lies; waits for it, or returns None when it has not come."""
         with self._changed:
             if wait:
-                self._changed.wait_for(lambda: self._stopped or chunk < len(self._slots))
-            self.check()
+                self._changed.wait_for(lambda: self.stopped or chunk < len(self._slots))
+            self._check()
             return self._slots[chunk] if chunk < len(self._slots) else None
 
     def wait_end(self) -> None:
         """Wait until the rank has said that it is complete."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._has_ended)
-            self.check()
+            self._changed.wait_for(lambda: self.stopped or self._has_ended)
+            self._check()
 
     def pause(self, seconds: float) -> None:
         """Wait between two attempts; raises StoppedError as soon as it is stopped."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped, seconds)
-            self.check()
+            self._changed.wait_for(lambda: self.stopped, seconds)
+            self._check()

@@ -68,7 +68,9 @@ def detach(listener: socket.socket, name: str) -> Log | None:
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     if os.fstat(log).st_size > _LOG_BYTES_MAX:
         os.ftruncate(log, 0)
-    if os.fork() > 0:
+    child = os.fork()
+    if child > 0:
+        os.waitpid(child, 0)
         return None
     os.setsid()
     if os.fork() > 0:

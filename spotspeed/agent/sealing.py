@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spotspeed.agent.incoming import IncomingSave, StoppedError
+from spotspeed.agent.incoming import IncomingSave
 from spotspeed.checkpoint.commit import try_seal
-from spotspeed.core.manifest import Manifest
+from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.errors import SpotSpeedError, StorageError
 from spotspeed.storage.contract import Storage
 
@@ -26,7 +26,7 @@ _logger = logging.getLogger("spotspeed")
 Outcome = Callable[[IncomingSave, Manifest | SpotSpeedError], None]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Watched:
     save: IncomingSave
     on_outcome: Outcome
@@ -37,7 +37,10 @@ class _Watched:
 
 
 class Sealer:
-    """One thread that tries to seal every stored save, again and again with growing pauses."""
+    """One thread that tries to seal every stored save, again and again with growing pauses.
+
+    Ranks of one node that wait for the same checkpoint share the attempts.
+    """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -78,45 +81,51 @@ class Sealer:
                 if wait_s is None or wait_s > 0:
                     self._changed.wait(wait_s)
                     continue
-                watched = min(self._watched, key=lambda candidate: candidate.due)
-            if self._settle(watched):
-                with self._changed:
-                    self._watched.remove(watched)
+                first = min(self._watched, key=lambda watched: watched.due)
+                ticket = first.save.ticket
+                group = [watched for watched in self._watched
+                         if watched.save.ticket.directory == ticket.directory]  # fmt: skip
+            outcome = self._try(ticket)
+            settled = [watched for watched in group if self._settle(watched, outcome)]
+            with self._changed:
+                self._watched = [
+                    watched for watched in self._watched if watched not in settled
+                ]
 
-    def _settle(self, watched: _Watched) -> bool:
-        """Try once; whether the save is settled now."""
-        save = watched.save
-        outcome = self._try(watched)
+    def _settle(self, watched: _Watched, outcome: Manifest | SpotSpeedError | None) -> bool:
+        """Apply what an attempt gave; whether the save is settled now."""
+        waited_s = time.monotonic() - watched.began
+        if not isinstance(outcome, Manifest):
+            outcome = watched.save.stopped or outcome
+        if outcome is None and waited_s > SEAL_TIMEOUT_S:
+            outcome = StorageError(
+                f"{watched.save}: this rank's part has been durable for {SEAL_TIMEOUT_S:.0f} s and "
+                f"other ranks' receipts are still missing"
+            )
         if outcome is not None:
-            watched.on_outcome(save, outcome)
+            watched.on_outcome(watched.save, outcome)
             return True
-        save.progress.state = "stored"
+        watched.save.progress.state = "stored"
         if not watched.is_wanted():
             return True
-        watched.pause_s = min(2 * watched.pause_s, self._longest_pause_s)
+        longest_s = max(self._longest_pause_s, min(1.0, waited_s / 20))
+        watched.pause_s = min(2 * watched.pause_s, longest_s)
         watched.due = time.monotonic() + watched.pause_s
         return False
 
-    def _try(self, watched: _Watched) -> Manifest | SpotSpeedError | None:
-        save = watched.save
-        directory = save.ticket.directory
+    def _try(self, ticket: Ticket) -> Manifest | SpotSpeedError | None:
+        directory = ticket.directory
         try:
-            save.check()
-            manifest = try_seal(self._storage, save.ticket)
-        except StoppedError as error:
-            return error
+            manifest = try_seal(self._storage, ticket)
         except StorageError as error:
             _logger.warning("%s: sealing failed for now: %s", directory, error)
             manifest = None
         except SpotSpeedError as error:
             return error
-        if manifest is not None:
-            return manifest
-        if directory in self._broken:
+        except Exception as error:
+            # The other saves of this node still need this thread.
+            _logger.exception("%s: sealing failed", directory)
+            return StorageError(f"{directory}: sealing failed in the saver: {error!r}")
+        if manifest is None and directory in self._broken:
             return StorageError(f"{directory} will not be sealed: {self._broken[directory]}")
-        if time.monotonic() - watched.began > SEAL_TIMEOUT_S:
-            return StorageError(
-                f"{directory}: this rank's part has been durable for {SEAL_TIMEOUT_S:.0f} s and "
-                f"other ranks' receipts are still missing"
-            )
-        return None
+        return manifest

@@ -143,7 +143,7 @@ class Server:
         """Check who it is and open a session; None when it waits for this process to leave."""
         connection.settimeout(GREETING_TIMEOUT_S)
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, _ = _UCRED.unpack(credentials)
+        peer_pid, uid, _ = _UCRED.unpack(credentials)
         if uid != os.getuid():
             raise FormatError(f"user {uid} connected to the saver of user {os.getuid()}")
         connection.sendall(encode_preamble(os.getpid()))
@@ -170,7 +170,7 @@ class Server:
             connection.sendall(encode(Refused("memory", str(error))))
             raise
         _welcome(connection, arena)
-        return Session(connection, hello, arena), decoder
+        return Session(connection, peer_pid, hello, arena), decoder
 
 
 def _outcomes(saves: list[SaveProgress]) -> Drained:

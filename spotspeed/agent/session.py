@@ -39,7 +39,7 @@ from spotspeed.core.saver_protocol import (
     Stored,
     encode,
 )
-from spotspeed.errors import FormatError, SpotSpeedError
+from spotspeed.errors import FormatError, SpotSpeedError, StorageError
 from spotspeed.storage.contract import Storage
 
 RECV_BYTES = 1 << 18
@@ -76,8 +76,11 @@ class Session:
     `is_over` when the rank is gone and nothing of it is left to store.
     """
 
-    def __init__(self, sock: socket.socket, hello: Hello, arena: SlotArena | None) -> None:
+    def __init__(
+        self, sock: socket.socket, peer_pid: int, hello: Hello, arena: SlotArena | None
+    ) -> None:
         self.hello = hello
+        self._peer_pid = peer_pid
         self.arena = arena
         self.is_connected = True
         self._socket = sock
@@ -114,12 +117,13 @@ class Session:
         writer.start()
         reason = "its rank left before everything was staged"
         try:
-            for data in _received(self._socket, self.hello.pid):
+            for data in _received(self._socket, self._peer_pid):
                 for message in decoder.feed(data):
                     self._handle(message, house)
-        except (FormatError, ValueError) as error:
-            _logger.error("%s broke the protocol: %s", self, error)
-            reason = f"its rank broke the saver's protocol: {error}"
+        except Exception as error:
+            # Whatever it was, what is staged completely is still to be stored.
+            _logger.exception("%s ends", self)
+            reason = f"its session with the saver ended: {error!r}"
         self.is_connected = False
         for save in list(self._saves.values()):
             if not save.is_staged:
@@ -200,6 +204,11 @@ class Session:
             except SpotSpeedError as error:
                 self._fail(save, error, house)
                 continue
+            except Exception as error:
+                # The saves behind this one still need this thread.
+                _logger.exception("%s failed", save)
+                self._fail(save, StorageError(f"{save}: the saver failed: {error!r}"), house)
+                continue
             finally:
                 self._ledger.settle(save.number)
             save.progress.state = "written"
@@ -233,22 +242,24 @@ def _received(sock: socket.socket, pid: int) -> Iterator[bytes]:
 
     A process forked from the rank (a DataLoader worker) may keep the socket open after the rank
     has died, so the rank's process is watched, too; what it had sent is read to the end first.
+    A rank in another process namespace (`pid` 0) cannot be watched.
     """
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
+    process, is_gone = -1, False
     try:
-        process = os.pidfd_open(pid)
+        process = os.pidfd_open(pid) if pid > 0 else -1
+    except ProcessLookupError:
+        is_gone = True
     except OSError as error:
         _logger.info("process %d cannot be watched: %s", pid, error)
-        process = -1
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    if process >= 0:
+        poller.register(process, select.POLLIN)
     try:
-        if process >= 0:
-            poller.register(process, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in poller.poll()}
-            flags = socket.MSG_DONTWAIT if process in ready else 0
+            is_gone = is_gone or process in {descriptor for descriptor, _ in poller.poll()}
             try:
-                data = sock.recv(RECV_BYTES, flags)
+                data = sock.recv(RECV_BYTES, socket.MSG_DONTWAIT if is_gone else 0)
             except OSError:
                 return
             if not data:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import struct
+import threading
 import time
 
 from spotspeed.core.saver_protocol import (
@@ -24,6 +25,8 @@ from spotspeed.staging.native import Arena, RegisteredMemory
 
 HANDSHAKE_TIMEOUT_S = 30.0
 RECV_BYTES = 1 << 16
+PREFAULT_NICE = 10
+PREFAULT_BYTES = 64 * 1024 * 1024
 _UCRED = struct.Struct("3i")
 
 
@@ -128,6 +131,9 @@ class LentArena:
             raise FormatError(f"saver socket: an arena of {self._arena.size_bytes} bytes came, "
                               f"{size} were announced")  # fmt: skip
         self.address = self._arena.address
+        threading.Thread(
+            target=_prefault, args=(self._arena,), name="spotspeed-prefault", daemon=True
+        ).start()
 
     def pin(self) -> None:
         """Page-lock the memory, so that copies from a GPU run asynchronously at full speed."""
@@ -138,3 +144,11 @@ class LentArena:
         # Unlocking needs the mapping, so it comes first.
         self._registered = None
         self._arena = None
+
+
+def _prefault(arena: Arena) -> None:
+    """Map the pages in slices at low priority, so that the first save does not pay for it."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), PREFAULT_NICE)
+        for start in range(0, arena.size_bytes, PREFAULT_BYTES):
+            arena.prefault(start, min(PREFAULT_BYTES, arena.size_bytes - start))

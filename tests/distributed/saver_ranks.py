@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ class RankProcess:
     """One running rank; killed when the block ends."""
 
     def __init__(
-        self, path: Path, rank: int = 0, world_size: int = 1, *, host_memory_gb: float | None = None
-    ) -> None:
-        command = [sys.executable, str(DRIVER), str(path), str(rank), str(world_size)]
+        self, path: Path, rank: int = 0, world_size: int = 1, *,
+        host_memory_gb: float | None = None, prefix: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        command = [*prefix, sys.executable, str(DRIVER), str(path), str(rank), str(world_size)]
         command += [] if host_memory_gb is None else [str(host_memory_gb)]
         environment = rank_environment(free_port(), {"PYTHONPATH": str(ROOT)})
         self.process = subprocess.Popen(

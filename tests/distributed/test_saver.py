@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from spotspeed.checkpoint.ownership import read_owner
 from spotspeed.staging.client import find_saver
 from spotspeed.staging.launch import saver_address
 from spotspeed.storage.local import LocalStorage
@@ -224,6 +227,52 @@ def test_no_temporary_file_survives_an_orderly_end(path: Path) -> None:
     storage = LocalStorage(path)
     assert len(storage.list("")) == 4 * 3 + 1
     assert sum(file.is_file() for file in path.rglob("*")) == 4 * 3 + 1
+
+
+def test_the_saver_shows_that_the_owner_lives_and_then_that_it_is_alone(path: Path) -> None:
+    storage = LocalStorage(path)
+    with RankProcess(path) as rank:
+        saver = rank.ask("reserve", size_bytes=1 << 20)["saver_pid"]
+        epoch = rank.ask("claim")["epoch"]
+        first = read_owner(storage)
+        assert first is not None and (first.epoch, first.state) == (epoch, "training")
+        deadline = time.monotonic() + 30
+        while (owner := read_owner(storage)) is None or owner.counter < first.counter + 3:
+            assert time.monotonic() < deadline, "the record is not renewed"
+            time.sleep(0.02)
+        rank.kill()
+        wait_gone(saver)
+    last = read_owner(storage)
+    assert last is not None and (last.epoch, last.state) == (epoch, "draining")
+
+
+@pytest.fixture
+def other_node() -> list[str]:
+    """A command prefix that puts a process where it cannot see this network's sockets."""
+    prefix = ["unshare", "--net"]
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs the right to make a network namespace")
+    return prefix
+
+
+def test_the_savers_of_two_nodes_seal_one_checkpoint(path: Path, other_node: list[str]) -> None:
+    with RankProcess(path, 0, 2) as here, RankProcess(path, 1, 2, prefix=other_node) as there:
+        savers = [rank.ask("reserve", size_bytes=1 << 20)["saver_pid"] for rank in (here, there)]
+        assert savers[0] != savers[1]
+        here.ask("stage", step=1, **SMALL)
+        here.ask("stored", step=1)
+        there.ask("stage", step=1, **SMALL)
+        assert here.ask("result", step=1) == there.ask("result", step=1)
+        # Then a node whose rank and saver are gone, before the other one is ready.
+        here.ask("stage", step=2, **SMALL)
+        here.ask("wait_staged", step=2)
+        here.kill()
+        wait_gone(savers[0])
+        there.ask("stage", step=2, **SMALL)
+        assert "digest" in there.ask("result", step=2)
+        there.kill()
+        wait_gone(savers[1])
+    check_sealed(path, 2, world_size=2, **SMALL)
 
 
 def _arena_bytes(pid: int) -> int:

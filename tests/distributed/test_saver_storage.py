@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
@@ -15,7 +16,15 @@ from pathlib import Path
 import pytest
 
 from spotspeed.agent.process import log_directory
-from spotspeed.core.saver_protocol import PROTOCOL_VERSION, encode_preamble
+from spotspeed.core.saver_protocol import (
+    PROTOCOL_VERSION,
+    Chunks,
+    End,
+    Hello,
+    Welcome,
+    encode,
+    encode_preamble,
+)
 from spotspeed.errors import StorageError
 from spotspeed.staging.client import find_saver, open_session
 from spotspeed.staging.launch import saver_address
@@ -133,6 +142,43 @@ def test_a_saver_of_another_version_leaves_before_a_new_one_starts(tmp_path: Pat
     second = open_session(path, rank=0, arena_bytes=0, slot_bytes=0)
     assert second.saver_pid != first.saver_pid
     second.close()
+
+
+@pytest.mark.parametrize("garbage", [
+    b"\xff" * 64, encode(End(7)), encode(Chunks(1, 0, (0,))), encode(Welcome(1, 1, 1)),
+], ids=["noise", "unknown save", "foreign slot", "wrong direction"])  # fmt: skip
+def test_a_rank_that_breaks_the_protocol_only_loses_its_own_session(
+    garbage: bytes, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "store")
+    good = open_session(path, rank=0, arena_bytes=1 << 20, slot_bytes=1 << 18)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bad:
+        bad.settimeout(LIMIT_S)
+        bad.connect("\0" + saver_address(path))
+        bad.sendall(encode_preamble(os.getpid()) + encode(Hello(1, os.getpid(), 0, 0)) + garbage)
+        while bad.recv(4096):
+            pass
+    assert good.drain(2, timeout_s=LIMIT_S).sealed == ()
+    good.close()
+    wait_gone(good.saver_pid)
+    log = _log(Path(path))
+    assert "ends" in log.read_text()
+    log.unlink()
+
+
+def test_notices_reach_every_rank_of_the_node(tmp_path: Path) -> None:
+    path, heard = str(tmp_path / "store"), queue.SimpleQueue[tuple[float, str]]()
+    ranks = [
+        open_session(path, rank=rank, arena_bytes=0, slot_bytes=0,
+                     on_notice=lambda deadline_s, source: heard.put((deadline_s, source)))
+        for rank in range(2)
+    ]  # fmt: skip
+    visitor = find_saver(path)
+    assert visitor is not None
+    visitor.notify(25.0, "notify")
+    assert [heard.get(timeout=LIMIT_S) for _ in ranks] == [(25.0, "notify")] * 2
+    for session in (visitor, *ranks):
+        session.close()
 
 
 def test_a_daemonic_process_of_multiprocessing_can_start_a_saver(tmp_path: Path) -> None:

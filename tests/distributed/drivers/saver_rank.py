@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from spotspeed import events
+from spotspeed.checkpoint.ownership import claim_epoch
 from spotspeed.config import parse_block
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
@@ -25,6 +26,7 @@ from spotspeed.core.manifest import Ticket
 from spotspeed.errors import SpotSpeedError
 from spotspeed.staging.staged import StagedSave
 from spotspeed.staging.stager import Stager
+from spotspeed.storage.local import LocalStorage
 
 Pieces = list[tuple[Fragment, torch.Tensor]]
 
@@ -99,6 +101,12 @@ class Rank:
     def abandon(self, step: int) -> dict[str, Any]:
         self.saves[step].abandon("the test says so")
         return {}
+
+    def claim(self) -> dict[str, Any]:
+        """Claim the path as the next epoch, and leave its renewal to the saver."""
+        epoch = claim_epoch(LocalStorage(self.stager.url), period_s=0.05).epoch
+        self.stager.renew_owner(epoch, period_s=0.05)
+        return {"epoch": epoch}
 
     def fork_child(self) -> dict[str, Any]:
         """A child that keeps everything open, as a DataLoader worker does."""

@@ -1,0 +1,117 @@
+"""Who waits for a seal gets it, learns that it will not come, or is let go."""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+
+import pytest
+
+from spotspeed.agent.incoming import IncomingSave
+from spotspeed.agent.sealing import Sealer
+from spotspeed.checkpoint.shard import ShardWriter
+from spotspeed.core.chunks import StreamLayout, pack
+from spotspeed.core.interval import Interval
+from spotspeed.core.layout import Fragment, TensorKey
+from spotspeed.core.manifest import Manifest, Ticket
+from spotspeed.core.saver_protocol import Begin
+from spotspeed.errors import SpotSpeedError
+from spotspeed.storage.local import LocalStorage
+
+TICKET = Ticket(1, 10, "a", "step-10", "periodic", 2, 0)
+LIMIT_S = 30.0
+Outcomes = queue.SimpleQueue[tuple[int, Manifest | SpotSpeedError]]
+
+
+def _layout(rank: int) -> StreamLayout:
+    key = TensorKey("fp32", "w", f"rank-{rank}")
+    return pack([Fragment(key, "uint8", (8,), Interval(0, 8))], chunk_bytes=4096)
+
+
+def _incoming(rank: int) -> IncomingSave:
+    return IncomingSave(Begin(1, TICKET, rank, 4096, 1, 8, "", ()), _layout(rank))
+
+
+def _write(storage: LocalStorage, rank: int) -> None:
+    with ShardWriter(storage, TICKET, rank, _layout(rank)) as writer:
+        writer.put_chunk(0, bytes(8))
+        writer.finish()
+
+
+@pytest.fixture
+def outcomes() -> Outcomes:
+    return queue.SimpleQueue()
+
+
+def _add(sealer: Sealer, rank: int, outcomes: Outcomes, *, is_wanted: bool = True) -> IncomingSave:
+    save = _incoming(rank)
+    sealer.add(save, lambda save, outcome: outcomes.put((save.rank, outcome)),
+               is_wanted=lambda: is_wanted)  # fmt: skip
+    return save
+
+
+def test_all_who_wait_get_the_same_manifest(tmp_path: Path, outcomes: Outcomes) -> None:
+    storage = LocalStorage(tmp_path)
+    sealer = Sealer(storage)
+    _write(storage, 0)
+    _add(sealer, 0, outcomes)
+    _write(storage, 1)
+    _add(sealer, 1, outcomes)
+    results = dict(outcomes.get(timeout=LIMIT_S) for _ in range(2))
+    assert set(results) == {0, 1}
+    assert isinstance(results[0], Manifest) and results[0] == results[1]
+
+
+def test_a_receipt_of_another_node_is_found_without_being_told(
+    tmp_path: Path, outcomes: Outcomes
+) -> None:
+    storage = LocalStorage(tmp_path)
+    sealer = Sealer(storage)
+    _write(storage, 0)
+    _add(sealer, 0, outcomes)
+    _write(storage, 1)
+    assert isinstance(outcomes.get(timeout=LIMIT_S)[1], Manifest)
+
+
+def test_a_rank_that_cannot_complete_ends_the_waiting(tmp_path: Path, outcomes: Outcomes) -> None:
+    storage = LocalStorage(tmp_path)
+    sealer = Sealer(storage)
+    _write(storage, 0)
+    _add(sealer, 0, outcomes)
+    sealer.broken(TICKET.directory, "rank 1 failed: disk full")
+    assert "rank 1 failed: disk full" in str(outcomes.get(timeout=LIMIT_S)[1])
+
+
+def test_an_abandoned_save_is_not_waited_for(tmp_path: Path, outcomes: Outcomes) -> None:
+    storage = LocalStorage(tmp_path)
+    sealer = Sealer(storage)
+    _write(storage, 0)
+    save = _add(sealer, 0, outcomes)
+    save.stop("the step was held too long")
+    assert "held too long" in str(outcomes.get(timeout=LIMIT_S)[1])
+
+
+def test_a_save_whose_rank_is_gone_does_not_keep_the_saver(
+    tmp_path: Path, outcomes: Outcomes
+) -> None:
+    storage = LocalStorage(tmp_path)
+    sealer = Sealer(storage)
+    _write(storage, 0)
+    orphan = _add(sealer, 0, outcomes, is_wanted=False)
+    # The sealer takes them in order, so the orphan has been looked at when this one is sealed.
+    _write(storage, 1)
+    _add(sealer, 1, outcomes)
+    assert outcomes.get(timeout=LIMIT_S)[0] in (0, 1)
+    assert orphan.progress.is_settled
+
+
+def test_receipts_that_contradict_each_other_are_an_error(
+    tmp_path: Path, outcomes: Outcomes
+) -> None:
+    storage = LocalStorage(tmp_path)
+    sealer = Sealer(storage)
+    _write(storage, 0)
+    _write(storage, 1)
+    storage.put(TICKET.receipt_path(1), storage.get(TICKET.receipt_path(0), 1 << 20))
+    _add(sealer, 0, outcomes)
+    assert "rank-00001.receipt" in str(outcomes.get(timeout=LIMIT_S)[1])
