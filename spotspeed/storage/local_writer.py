@@ -17,10 +17,13 @@ from spotspeed.storage.posix import Disk
 
 TEMPORARY_PREFIX = ".tmp-"
 WRITEBACK_BYTES = 8 * 1024 * 1024
-"""Unwritten bytes at which writing to the disk is started, so that fsync finds little to do.
+"""Unwritten bytes at which writing to the disk is started, so that fsync finds little to do."""
+DIRECT_BYTES = 256 * 1024
+"""Smallest buffer that is written past the page cache, where disk and alignment allow it.
 
-Effect: a 1 GiB file is written and fsynced at 2.5-3.0 GB/s instead of 0.3-0.6 GB/s (ext4, virtual
-disk; 4 MiB writes); O_DIRECT reached 1.7-2.0 GB/s there and is therefore not used.
+Effect: 512 MiB in 4 MiB writes and fsync, ext4 on a virtual disk, 2 busy cores: 1.2-2.7 GB/s and
+0.02 s of processor time, against 0.2-0.5 GB/s and 0.8-1.5 s through the page cache, which has to
+get and fill new pages beside the training.
 """
 
 
@@ -41,6 +44,7 @@ class LocalWriter:
         except OSError as error:
             disk.close(directory)
             raise storage_error("write", place, error) from error
+        self._is_direct = posix.takes_direct_writes(self._file)
 
     @property
     def position(self) -> int:
@@ -50,7 +54,7 @@ class LocalWriter:
         file, view, done = self._open_file(), as_bytes_view(buffer), 0
         try:
             while done < len(view):
-                done += self._disk.write(file, view[done:], self._position + done)
+                done += self._write_some(file, view[done:], self._position + done)
         except OSError as error:
             raise storage_error(
                 "write", f"{self._place} at byte {self._position}", error,
@@ -109,6 +113,23 @@ class LocalWriter:
             raise storage_error("commit", self._place, error, size_bytes=self._position) from error
         finally:
             self.abort()
+
+    def _write_some(self, file: int, view: memoryview, offset: int) -> int:
+        """Write the beginning of `view`, as much as one call takes; returns how much that was."""
+        whole = len(view) - len(view) % posix.ALIGNMENT_BYTES
+        if (
+            self._is_direct
+            and whole >= DIRECT_BYTES
+            and offset % posix.ALIGNMENT_BYTES == 0
+            and posix.is_aligned(view)
+        ):
+            try:
+                return self._disk.write_direct(file, view[:whole], offset)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                self._is_direct = False
+        return self._disk.write(file, view, offset)
 
     def _link(self, directory: int) -> bool:
         try:

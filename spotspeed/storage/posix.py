@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import functools
 import os
 from typing import Protocol
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _RENAME_NOREPLACE = 1
+ALIGNMENT_BYTES = 4096
+"""What direct writes are aligned to: a page, and a multiple of every device's block."""
+_DIRECT_FILESYSTEMS = frozenset({"ext3", "ext4", "xfs"})
+"""Where a direct write goes to a block device at once; others may send each one over a network."""
 _SYNC_FILE_RANGE_WRITE = 2
 
 LINK_UNSUPPORTED = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
@@ -31,6 +37,9 @@ class Disk(Protocol):
 
     def write(self, file: int, data: memoryview, offset: int) -> int:
         """Write at `offset`; returns how many bytes were taken, maybe fewer than given."""
+
+    def write_direct(self, file: int, data: memoryview, offset: int) -> int:
+        """Like `write`, past the page cache; address, offset and size are aligned."""
 
     def start_writeback(self, file: int, offset: int, size_bytes: int) -> None:
         """Ask for the range to be written soon; promises nothing."""
@@ -89,6 +98,14 @@ class PosixDisk:
     def write(self, file: int, data: memoryview, offset: int) -> int:
         return os.pwrite(file, data, offset)
 
+    def write_direct(self, file: int, data: memoryview, offset: int) -> int:
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
+        try:
+            return os.pwrite(file, data, offset)
+        finally:
+            fcntl.fcntl(file, fcntl.F_SETFL, flags)
+
     def start_writeback(self, file: int, offset: int, size_bytes: int) -> None:
         if self._sync_file_range is not None:
             self._sync_file_range(file, offset, size_bytes, _SYNC_FILE_RANGE_WRITE)
@@ -132,6 +149,33 @@ def open_file(directory: int, name: str) -> int:
     """Open a file below `directory` for reading; a symbolic link is refused (ELOOP)."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     return os.open(name, flags, dir_fd=directory)
+
+
+def is_aligned(view: memoryview) -> bool:
+    """Whether the memory begins at a page; False as well when that cannot be told (read-only)."""
+    if view.readonly or len(view) == 0:
+        return False
+    return ctypes.addressof(ctypes.c_char.from_buffer(view)) % ALIGNMENT_BYTES == 0
+
+
+def takes_direct_writes(file: int) -> bool:
+    """Whether the file lies on a block device of this machine, by its file system's type."""
+    return _filesystem_type(os.fstat(file).st_dev) in _DIRECT_FILESYSTEMS
+
+
+@functools.lru_cache(maxsize=64)
+def _filesystem_type(device: int) -> str:
+    """The type of the file system mounted from `device` (proc(5), mountinfo), or ""."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                fields = line.split()
+                if fields[2] == wanted:
+                    return fields[fields.index("-") + 1]
+    except OSError:
+        return ""
+    return ""
 
 
 def read_exact(file: int, view: memoryview, offset: int) -> int:

@@ -79,6 +79,12 @@ class RecordingDisk:
         self._record("write", file, offset=offset, data=bytes(data[:count]))
         return count
 
+    def write_direct(self, file: int, data: memoryview, offset: int) -> int:
+        # Past the page cache is not on stable storage: the device has a cache of its own.
+        count = self._disk.write_direct(file, data, offset)
+        self._record("write", file, offset=offset, data=bytes(data[:count]))
+        return count
+
     def start_writeback(self, file: int, offset: int, size_bytes: int) -> None:
         self._disk.start_writeback(file, offset, size_bytes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from spotspeed.errors import (
     StorageError,
     TransientStorageError,
 )
-from spotspeed.storage import open_storage
+from spotspeed.storage import open_storage, posix
 from spotspeed.storage.local import LocalStorage
 from spotspeed.storage.posix import PosixDisk
 
@@ -171,6 +172,53 @@ def test_a_disk_that_takes_little_at_a_time_is_written_whole(tmp_path: Path) -> 
     content = bytes(range(256)) * 3
     storage.put("x", content)
     assert storage.get("x", 1000) == content
+
+
+class TellingDisk(PosixDisk):
+    """Notes the size of each write, and which went past the page cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffered: list[int] = []
+        self.direct: list[int] = []
+
+    def write(self, file: int, data: memoryview, offset: int) -> int:
+        self.buffered.append(len(data))
+        return super().write(file, data, offset)
+
+    def write_direct(self, file: int, data: memoryview, offset: int) -> int:
+        self.direct.append(len(data))
+        return super().write_direct(file, data, offset)
+
+
+def test_only_large_aligned_writes_go_past_the_page_cache(tmp_path: Path) -> None:
+    disk = TellingDisk()
+    storage = LocalStorage(tmp_path, disk=disk)
+    aligned = memoryview(mmap.mmap(-1, 1 << 20))
+    aligned[:] = os.urandom(1 << 20)
+    parts = [aligned[:4096], aligned, aligned[:-100], aligned, bytes(100), aligned[512 : 600_000]]
+    with storage.writer("shard") as writer:
+        for part in parts:
+            writer.write(part)
+        writer.commit()
+    content = b"".join(parts)
+    assert storage.get("shard", len(content)) == content
+    with open(tmp_path / "shard", "rb") as file:
+        if posix.takes_direct_writes(file.fileno()):
+            assert disk.direct == [1 << 20, (1 << 20) - 4096]
+    assert sum(disk.direct) + sum(disk.buffered) == len(content)
+
+
+def test_a_disk_that_refuses_direct_writes_is_written_all_the_same(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path, disk=FailingDisk("write_direct", errno.EINVAL))
+    aligned = memoryview(mmap.mmap(-1, 1 << 20))
+    storage.put("shard", aligned)
+    assert storage.get("shard", 1 << 20) == aligned
+
+
+def test_a_memory_file_system_takes_no_direct_writes() -> None:
+    with open(os.memfd_create("x"), "wb") as file:
+        assert not posix.takes_direct_writes(file.fileno())
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN])
