@@ -177,7 +177,8 @@ def count(ranks: int) -> str:
 def show(leg: Leg, new: list[dict], steps: int) -> None:
     """One progress line that rewrites itself on a terminal."""
     step = f"step {new[-1]['step']:3d}/{steps} loss {new[-1]['loss']:.3f}" if new else "starting"
-    text = f"  {count(leg.ranks):7s}, {leg.launcher:9s} {leg.interruption or 'to the end':10s} {step}"
+    what = leg.interruption or "to the end"
+    text = f"  {count(leg.ranks):7s} {leg.launcher:9s} {what:10s} {step}"
     if console.is_terminal:
         console.print(text, end="\r")
     elif new and new[-1]["step"] % 20 == 0 and show.last != (leg, new[-1]["step"]):
