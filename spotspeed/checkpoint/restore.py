@@ -135,6 +135,7 @@ def _read(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Read:
     )
     pieces += seat.small.buffer_targets(_own_buffers(stored, seat.rank, offer["world_size"]))
     report = reader.read_into([_request(piece) for piece in pieces])
+    seat.provider.check_restore()
     old_rank = seat.rank % int(offer["world_size"])
     job = from_plain(plain.decode(reader.blob(JOB_KEY), source=f"{offer['directory']}: job"))
     rank_state = from_plain(

@@ -51,8 +51,8 @@ def begin_save(
 
 
 def share_bytes(provider: StateProvider, small: SmallState, record: Record) -> int:
-    """About what this rank writes per save; buffers included, the small blobs not."""
-    return sum(piece.share.fragment.size_bytes for piece in provider.pieces()) + sum(
+    """About what this rank writes per save once the optimizer has its state; not the blobs."""
+    return provider.expected_bytes() + sum(
         piece.fragment.size_bytes for piece in small.buffer_pieces(record)
     )
 

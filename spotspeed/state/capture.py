@@ -11,7 +11,7 @@ from spotspeed.core.layout import KIND_MASTER, KIND_WEIGHT, Fragment, Holding, T
 from spotspeed.state.optimizers import rule_for, split_state, state_dtype
 from spotspeed.state.partition import Layout, Partition, Resident, Slot
 from spotspeed.state.piece import Piece, dtype_name, flat_elements, run_of
-from spotspeed.state.weights import underived
+from spotspeed.state.weights import element_scope, underived
 
 SCALAR_BYTES = 8
 """At most so much is stored for one number of an optimizer's state."""
@@ -38,10 +38,15 @@ def live_pieces(layout: Layout) -> Iterator[Piece]:
 
 
 def underived_pieces(layout: Layout) -> Iterator[Piece]:
-    """The low-precision weights that cannot be derived from their masters, slot by slot."""
+    """The low-precision weights that cannot be derived from their masters, slot by slot.
+
+    Each is a tensor of its own, whole in itself, whose scope names the elements it stands for: no
+    rank knows whether the rest of the parameter differs as well.
+    """
     for partition, slot, weight in underived(layout.partitions()):
-        key, dtype = TensorKey(KIND_WEIGHT, slot.name), dtype_name(weight)
-        fragment = Fragment(key, dtype, slot.shape, slot.interval)
+        key = TensorKey(KIND_WEIGHT, slot.name, element_scope(slot.interval))
+        whole = Interval(0, slot.interval.count)
+        fragment = Fragment(key, dtype_name(weight), (whole.count,), whole)
         yield _piece(fragment, weight, partition.replica_index, partition.replica_count)
 
 

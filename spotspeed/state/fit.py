@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from spotspeed.core.interval import Interval
 from spotspeed.core.layout import (
     KIND_BUFFER,
     KIND_MASTER,
@@ -23,6 +24,7 @@ from spotspeed.errors import InvalidLayoutError, UnsupportedLayoutError
 from spotspeed.state.optimizers import rule_for
 from spotspeed.state.partition import Partition
 from spotspeed.state.piece import dtype_of
+from spotspeed.state.weights import scope_elements
 
 KIND_BLOB = "blob"
 SHOWN = 5
@@ -48,17 +50,12 @@ def check_parameters(stored: Stored, trainable: Shapes, frozen: Shapes) -> None:
     weights = {
         key.name: item.shape
         for key, item in stored.items()
-        if key.kind == KIND_WEIGHT and key.name not in masters
+        if key.kind == KIND_WEIGHT and not key.scope
     }
     problems = [
         *_compare(masters, trainable, weights, frozen, "trainable"),
         *_compare(weights, frozen, masters, trainable, "frozen"),
     ]
-    for key, item in stored.items():
-        expected = trainable.get(key.name)
-        is_whole = key.kind == KIND_WEIGHT and key.name in masters
-        if is_whole and expected is not None and item.shape != expected:
-            problems.append(f"{key}: stored shape {item.shape}, here {expected}")
     if problems:
         raise InvalidLayoutError(
             f"the checkpoint is of another model: {len(problems)} differences among "
@@ -120,8 +117,23 @@ def _compare(
             yield f"{name}: here with shape {shape}, not in the checkpoint"
 
 
+def overrides(stored: Stored) -> dict[str, list[tuple[Interval, TensorKey]]]:
+    """The stored runs of low-precision elements that are not derivable, by parameter."""
+    found: dict[str, list[tuple[Interval, TensorKey]]] = defaultdict(list)
+    for key in stored:
+        elements = scope_elements(key.scope)
+        if key.kind == KIND_WEIGHT and elements is not None:
+            found[key.name].append((elements, key))
+    return found
+
+
 def _check_scopes(stored: Stored) -> None:
-    scoped = [str(key) for key in stored if key.scope and key.kind not in (KIND_BUFFER, KIND_BLOB)]
+    scoped = [
+        str(key)
+        for key in stored
+        if key.scope and key.kind not in (KIND_BUFFER, KIND_BLOB)
+        and not (key.kind == KIND_WEIGHT and scope_elements(key.scope))
+    ]  # fmt: skip
     if scoped:
         raise UnsupportedLayoutError(
             f"{len(scoped)} stored tensors belong to a part of the job (tensor, pipeline or expert "

@@ -47,8 +47,9 @@ class StateProvider(Protocol):
     def derived_mismatches(self) -> list[Piece]:
         """The low-precision weights on this rank that are not their master, rounded.
 
-        They are of kind "weight", may cover only part of a parameter, and need to be stored
-        beside `pieces`. Costs one pass over the masters.
+        They are of kind "weight" and a scope "elements-START-STOP", each a whole tensor of that
+        many elements, and need to be stored beside `pieces`. Costs one pass over the masters; it
+        may run on another thread until the next optimizer step begins.
         """
         ...
 
@@ -171,7 +172,7 @@ class EngineState:
         check_optimizer(stored, partitions, self._layout.optimizer)
         self._restore = Restore(self._layout, stored)
         self._restore.plan()
-        return self._restore.pieces
+        return list(self._restore.pieces)
 
     def check_restore(self) -> None:
         assert self._restore is not None, "prepare_restore comes first"

@@ -13,7 +13,13 @@ import torch
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import KIND_MASTER, KIND_WEIGHT, Fragment, Holding, TensorKey
 from spotspeed.errors import InvalidLayoutError
-from spotspeed.state.fit import Stored, check_shape, is_same_dtype, optimizer_kinds
+from spotspeed.state.fit import (
+    Stored,
+    check_shape,
+    is_same_dtype,
+    optimizer_kinds,
+    overrides,
+)
 from spotspeed.state.optimizers import Rule, ScalarTarget, empty_like, rule_for, store_scalar
 from spotspeed.state.partition import Layout, Partition, Slot
 from spotspeed.state.piece import (
@@ -57,13 +63,13 @@ class Restore:
 
     def plan(self) -> None:
         """Collect `pieces`; raises ReshardError for a tensor that cannot be filled."""
-        kinds = optimizer_kinds(self.stored)
+        kinds, runs = optimizer_kinds(self.stored), overrides(self.stored)
         with torch.no_grad():
             for partition in self.layout.partitions():
                 self._plan_state(partition, kinds)
                 for slot in partition.slots:
                     self._add(KIND_MASTER, slot, partition.master)
-                    self._plan_override(slot)
+                    self._plan_override(slot, runs.get(slot.name, []))
             for resident in self.layout.residents():
                 slot = Slot(resident.name, resident.shape, resident.interval, 0)
                 self._add(KIND_WEIGHT, slot, resident.tensor)
@@ -107,17 +113,16 @@ class Restore:
             values = {name: self._add_scalar(TensorKey(kind, name)) for name in held or with_state}
             self._scalars.append(_Scalar(partition, kind, rule, values))
 
-    def _plan_override(self, slot: Slot) -> None:
-        item = self.stored.get(TensorKey(KIND_WEIGHT, slot.name))
-        if item is None or slot.weight is None or item.dtype != dtype_name(slot.weight):
-            return  # The low-precision copy of another dtype says nothing about this one.
-        whole = torch.empty(slot.interval.count, dtype=slot.weight.dtype)
-        ranges = [extent.interval.intersect(slot.interval) for extent in item.extents]
-        for common in filter(None, ranges):
-            part = whole.narrow(0, common.start - slot.interval.start, common.count)
-            fragment = Fragment(
-                TensorKey(KIND_WEIGHT, slot.name), item.dtype, slot.shape, common
-            )
+    def _plan_override(self, slot: Slot, runs: list[tuple[Interval, TensorKey]]) -> None:
+        """Ask for the stored low-precision elements of a slot that its master does not give."""
+        for elements, key in runs:
+            item, common = self.stored[key], elements.intersect(slot.interval)
+            is_other = slot.weight is None or item.dtype != dtype_name(slot.weight)
+            if common is None or is_other:
+                continue  # The low-precision copy of another dtype says nothing about this one.
+            check_shape(key, item, (elements.count,))
+            part = torch.empty(common.count, dtype=dtype_of(item.dtype))
+            fragment = Fragment(key, item.dtype, item.shape, common.shift(-elements.start))
             self.pieces.append(Piece(Holding(fragment), part))
             self._overrides[slot.name, common.start] = part
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -14,8 +15,21 @@ COMPARE_ELEMENTS = 4 * 1024 * 1024
 """Elements that are cast and compared at a time; bounds the scratch memory of the comparison."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+_SCOPE = re.compile(r"elements-(\d+)-(\d+)")
+
 Overrides = Mapping[tuple[str, int], torch.Tensor]
 """Low-precision elements that are not the cast master, by (name, first element)."""
+
+
+def element_scope(interval: Interval) -> str:
+    """The scope under which elements that are not derivable are stored."""
+    return f"elements-{interval.start}-{interval.stop}"
+
+
+def scope_elements(scope: str) -> Interval | None:
+    """The elements that a scope stands for, or None when it is another kind of scope."""
+    found = _SCOPE.fullmatch(scope)
+    return Interval(int(found[1]), int(found[2])) if found else None
 
 
 def derive_weights(partitions: Iterable[Partition]) -> None:

@@ -111,7 +111,7 @@ def weights_that_are_not_the_cast_master_come_back() -> None:
             engine.optimizer.checkpoint_event_prologue()
             engine.optimizer.checkpoint_event_epilogue()
         expected = full_weights(engine)
-        assert "weight:first.weight" in before.tensors, name
+        assert any(key.startswith("weight:first.weight@elements-") for key in before.tensors), name
         other = build(CASES[name], seed=5)
         fresh = provider_for(other)
         restore(fresh, before)

@@ -48,8 +48,7 @@ def snapshot(provider: StateProvider) -> Snapshot:
     for key, ranges in found.ranges.items():
         whole = Interval(0, found.tensors[key].numel())
         intervals = [Interval(*item) for item in ranges]
-        is_partial = key.startswith("weight:") and f"fp32:{key[7:]}" in found.tensors
-        if (gaps(whole, intervals) and not is_partial) or overlaps(intervals):
+        if gaps(whole, intervals) or overlaps(intervals):
             found.faults.append(f"{key}: not covered exactly once: {sorted(ranges)}")
     return found
 
@@ -84,5 +83,6 @@ def restore(provider: StateProvider, state: Snapshot, *, but: str | None = None)
 
 
 def _key(text: str) -> TensorKey:
-    kind, _, name = text.partition(":")
-    return TensorKey(kind, name)
+    kind, _, rest = text.partition(":")
+    name, _, scope = rest.partition("@")
+    return TensorKey(kind, name, scope)

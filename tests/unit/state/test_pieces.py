@@ -12,7 +12,7 @@ import torch
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Extent, Fragment, Holding, StoredTensor, TensorKey
 from spotspeed.errors import CaptureError, InvalidLayoutError, UnsupportedLayoutError
-from spotspeed.state.fit import check_parameters, is_same_dtype, optimizer_kinds
+from spotspeed.state.fit import check_parameters, is_same_dtype, optimizer_kinds, overrides
 from spotspeed.state.flat import flat_slots
 from spotspeed.state.partition import Partition, Slot
 from spotspeed.state.piece import Piece, dtype_of, flat_elements, write_elements
@@ -180,6 +180,13 @@ def test_tensors_of_a_part_of_the_job_are_refused() -> None:
     stored = {TensorKey("fp32", "a", "tp-1"): _stored("float32", 2)}
     with pytest.raises(UnsupportedLayoutError, match="fp32:a@tp-1"):
         check_parameters(stored, {"a": (2,)}, {})
+
+
+def test_runs_of_underived_weights_are_found_by_their_scope() -> None:
+    key = TensorKey("weight", "a", "elements-3-7")
+    stored = {TensorKey("fp32", "a"): _stored("float32", 9), key: _stored("bfloat16", 4)}
+    check_parameters(stored, {"a": (9,)}, {})
+    assert overrides(stored) == {"a": [(Interval(3, 7), key)]}
 
 
 def test_buffers_and_blobs_are_no_optimizer_state() -> None:
