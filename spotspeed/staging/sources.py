@@ -51,23 +51,34 @@ class HostSource:
 
 
 class DeviceQueue:
-    """A stream of copies out of one device, which waits for what was queued when it was made."""
+    """Copies out of one accelerator, after what was queued on it when this object was made.
+
+    On CUDA they run on a stream of their own; elsewhere on the device's default stream.
+    """
 
     def __init__(self, device: torch.device) -> None:
         import torch
 
-        self._stream: Any = torch.Stream(device)
-        self._ready: Any = torch.accelerator.current_stream(device).record_event()
+        self._stream: Any = None
+        if device.type == "cuda":
+            cuda: Any = torch.cuda
+            self._stream = cuda.Stream(device)
+            self._stream.wait_stream(cuda.current_stream(device))
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Queue a copy; asynchronous where `target` lies in pinned memory."""
-        with self._stream:
-            self._stream.wait_event(self._ready)
+        """Queue a copy; asynchronous on CUDA where `target` lies in page-locked memory."""
+        import torch
+
+        if self._stream is None:
+            target.copy_(source)
+            return
+        with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
     def finish(self) -> None:
         """Return when all copies have arrived."""
-        self._stream.synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 class DeviceSource:

@@ -25,7 +25,7 @@ from spotspeed.core.saver_protocol import (
     encode,
     encode_preamble,
 )
-from spotspeed.errors import StorageError
+from spotspeed.errors import PoolExhaustedError, StorageError
 from spotspeed.staging.client import find_saver, open_session
 from spotspeed.staging.launch import saver_address
 from tests.distributed.saver_ranks import LIMIT_S, RankProcess, check_sealed, wait_gone
@@ -125,6 +125,11 @@ def test_a_store_that_cannot_be_opened_is_an_error_with_its_reason() -> None:
     url = f"unknown-protocol-{os.getpid()}://bucket/run"
     with pytest.raises(StorageError, match="unknown-protocol"):
         open_session(url, rank=0, arena_bytes=1 << 20, slot_bytes=1 << 18, timeout_s=20)
+
+
+def test_an_arena_larger_than_memory_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    with pytest.raises(PoolExhaustedError, match=r"asks for .*host_memory_gb"):
+        open_session(str(tmp_path), rank=0, arena_bytes=1 << 42, slot_bytes=1 << 24)
 
 
 def test_a_saver_of_another_version_leaves_before_a_new_one_starts(tmp_path: Path) -> None:
