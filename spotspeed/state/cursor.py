@@ -35,6 +35,15 @@ class Cursor:
         }
 
 
+def resume_cursor(stored: Mapping[str, Any], global_samples: int) -> Cursor:
+    """The cursor that goes on from a stored position, where the engine counts `global_samples`.
+
+    Raises FormatError when it is no position.
+    """
+    sample, order = _parse(stored)
+    return Cursor(order, start_sample=sample, global_samples=global_samples)
+
+
 def resume_sample(stored: Mapping[str, Any] | None, order: SampleOrder) -> int:
     """The position to go on from: the stored one, or 0 when there is none.
 
@@ -43,16 +52,21 @@ def resume_sample(stored: Mapping[str, Any] | None, order: SampleOrder) -> int:
     """
     if stored is None:
         return 0
-    try:
-        sample = stored["sample"]
-        then = SampleOrder(stored["dataset_size"], stored["seed"], stored["shuffle"])
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"the stored position in the data is not one: {error}") from error
-    if type(sample) is not int or sample < 0:
-        raise FormatError(f"the stored position in the data is {sample!r}")
+    sample, then = _parse(stored)
     if then != order:
         raise ConfigError(
             f"the checkpoint is at sample {sample} of {then}, but the loader now gives {order}: "
             f"resume with the data, seed and shuffling of the checkpoint"
         )
     return sample
+
+
+def _parse(stored: Mapping[str, Any]) -> tuple[int, SampleOrder]:
+    try:
+        sample = stored["sample"]
+        order = SampleOrder(stored["dataset_size"], stored["seed"], stored["shuffle"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise FormatError(f"the stored position in the data is not one: {error}") from error
+    if type(sample) is not int or sample < 0:
+        raise FormatError(f"the stored position in the data is {sample!r}")
+    return sample, order

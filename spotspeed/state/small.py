@@ -21,7 +21,7 @@ from spotspeed.core.layout import StoredTensor, TensorKey
 from spotspeed.errors import CaptureError, FormatError
 from spotspeed.state import counters, groups, rng, scaler, schedule
 from spotspeed.state.buffers import BufferCopy, Buffers
-from spotspeed.state.cursor import Cursor
+from spotspeed.state.cursor import Cursor, resume_cursor
 from spotspeed.state.piece import Piece
 from spotspeed.state.plain_tensors import to_plain
 from spotspeed.state.rng import RngState
@@ -75,7 +75,10 @@ class SmallState:
         Raises CaptureError, naming the object, when something of it cannot be stored.
         """
         self.cursor: Cursor | None = None
-        """Set once the order of the data is known; recorded at every boundary from then on."""
+        """Set once the order of the data is known; recorded at every boundary from then on.
+
+        `apply` sets it to the stored one, which thus survives until the loader is there again.
+        """
         self._engine, self._group_names = engine, group_names
         self._optimizer = groups.inner_optimizer(engine)
         self._seed = int(torch.initial_seed() if seed is None else seed)
@@ -166,7 +169,8 @@ class SmallState:
         stored (`rank_state["rank"]` is its rank) takes them over, whatever `written_by` ranks
         there were. Any other rank (there are more now than then, or `rank_state` is None) is
         reseeded from the job's seed, its rank and the step: never from another rank's generators,
-        whose numbers that rank is using. Generators are restored last.
+        whose numbers that rank is using. Generators are restored last; the result is recorded as
+        the boundary of its step.
 
         Raises InvalidLayoutError when the groups are of another model, FormatError when the data
         is not what `job` and `rank` made.
@@ -181,6 +185,9 @@ class SmallState:
         notes: list[str] = []
         if "counters" in parts:
             counters.apply(self._engine, job["counters"])
+            stored = job.get("cursor")
+            samples = int(self._engine.global_samples)
+            self.cursor = None if stored is None else resume_cursor(stored, samples)
         if "schedule" in parts:
             notes += schedule.apply(self._engine, job["schedule"])
         if "groups" in parts:
@@ -192,6 +199,8 @@ class SmallState:
             notes += self._apply_rng(job, rank_state)
         with self._lock:
             self._slots.clear()
+        # Now, and not at the first forward: by then the next batch has been fetched.
+        self.record()
         return notes
 
     def _apply_rng(

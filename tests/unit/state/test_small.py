@@ -199,6 +199,26 @@ def test_a_rank_without_a_state_of_its_own_is_reseeded_from_seed_rank_and_step()
     assert draws() != results[3]
 
 
+def test_a_restored_state_is_the_record_of_its_step_cursor_included():
+    engine, small = make()
+    small.cursor = Cursor(ORDER, start_sample=16, global_samples=0)
+    step(engine, small)
+    job, rank = stored(small, small.snapshot(1))
+    again, other = make()
+    other.apply(job, rank, written_by=1)
+    draws()
+    once_more = stored(other, other.snapshot(1))
+    assert once_more[0]["cursor"] == job["cursor"]
+    _, third = make()
+    third.apply(*once_more, written_by=1)
+    first = draws()
+    third.apply(job, rank, written_by=1)
+    assert draws() == first
+    again.global_samples += 8
+    other.record()
+    assert other.job(other.snapshot(1))["cursor"]["sample"] == job["cursor"]["sample"] + 8
+
+
 def test_parts_can_be_left_out():
     engine, small = make()
     step(engine, small)
