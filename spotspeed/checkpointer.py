@@ -50,7 +50,7 @@ class Checkpointer:
         self._captures: dict[int, SaveHandle] = {}
         self._restored: Restored | None = None
         self._outcome: tuple[Cut, str | None, str] | None = None
-        self._is_started = self._is_closed = False
+        self._has_restored = self._is_started = self._is_closed = False
         self._save_began = time.monotonic()
         self._session: Session = open_session(config, self.rank, self.world_size, listener=self)
         self._saves = SaveQueue(self._begin)
@@ -78,6 +78,7 @@ class Checkpointer:
                     self._provider, self._small)  # fmt: skip
         self._restored = restore_agreed(self._session.storage, seat, tag=tag)
         self._session.record_restored(self._restored)
+        self._has_restored = True
         if self._restored is not None:
             loader_guard.hold()
         self._start()
@@ -232,6 +233,8 @@ class Checkpointer:
     def _start(self) -> None:
         if not self._is_started:
             self._is_started = True
+            if not self._has_restored:
+                self._session.record_restored(None)
             self._small.record()
             self._session.coordinator.start(int(self.engine.global_steps))
 
@@ -332,7 +335,7 @@ class Checkpointer:
             boundary.unbind(self.engine)
             loader_guard.release()
             self._saves.close()
-            self._session.close()
+            self._session.close(is_done=not self._saves.unfinished())
             self._exit.disarm()
 
 

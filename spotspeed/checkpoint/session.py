@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from spotspeed import events
 from spotspeed.checkpoint.agreement import Exchange, raise_first, share, share_all, vote
 from spotspeed.checkpoint.catalog import list_sealed
 from spotspeed.checkpoint.collector import Collector
@@ -15,6 +16,7 @@ from spotspeed.checkpoint.ownership import (
     RENEWAL_PERIOD_S,
     claim_epoch,
     record_restored_from,
+    release,
 )
 from spotspeed.checkpoint.processes import this_process
 from spotspeed.checkpoint.restore import Restored
@@ -69,13 +71,21 @@ class Session:
             return f"an unknown checkpoint ({error})"
         return f"{found[0].tag!r} (step {found[0].step})" if found else "the start"
 
-    def close(self) -> None:
-        """Let go of the saver; what is staged is still written by it."""
+    def close(self, *, is_done: bool) -> None:
+        """Let go of the saver; what is staged is still written by it.
+
+        `is_done` says that nothing is: then the next launch need not ask whether this one lives.
+        """
         for source in self.sources:
             source.stop()
         if self.collector is not None:
             self.collector.close()
         self.stager.close()
+        if is_done and self.rank == 0:
+            try:
+                release(self.storage, self.epoch)
+            except StorageError as error:
+                events.emit(events.Lost("the owner record could not be released", str(error)))
         self.coordinator.close(0.0)
 
     def record_restored(self, restored: Restored | None) -> None:
