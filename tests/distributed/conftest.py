@@ -1,0 +1,59 @@
+"""What the tests of the main job share: the losses of runs that nothing ever interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.job import SIZE, Job, Launch, by_mpirun, ds_config, without_spotspeed
+from tests.ranks import ROOT, Finished, free_port
+
+REFERENCE_STEPS = 40
+STAGES = (0, 1, 2, 3)
+DRIVER = ROOT / "tests" / "distributed" / "drivers" / "references.py"
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """Losses of DeepSpeed alone on two ranks, `REFERENCE_STEPS` steps a stage."""
+
+    folder: Path
+    finished: Finished
+
+    def losses(self, stage: int) -> dict[int, str]:
+        """All digits of the loss by step."""
+        lines = (self.folder / f"stage{stage}.jsonl").read_text().splitlines()
+        return {record["step"]: repr(record["loss"]) for record in map(json.loads, lines)}
+
+    def process(self) -> dict[str, Any]:
+        """What was seen in a process at its end."""
+        found: dict[str, Any] = json.loads((self.folder / "threads.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="session")
+def plain_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example script with spotspeed's three lines taken out."""
+    return without_spotspeed(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="session")
+def references(
+    tmp_path_factory: pytest.TempPathFactory, plain_script: Path
+) -> Iterator[References]:
+    """Runs under `spotspeed.run` of a script and configs that know nothing of spotspeed."""
+    folder = tmp_path_factory.mktemp("references")
+    for stage in STAGES:
+        (folder / f"stage{stage}.json").write_text(json.dumps(ds_config(stage, None)))
+    port = free_port()
+    words = [*by_mpirun(2, port), "-m", "spotspeed.run", str(DRIVER), str(folder),
+             str(plain_script), "--steps", str(REFERENCE_STEPS), *SIZE]  # fmt: skip
+    with Launch(Job(folder / "launch"), port, words) as launch:
+        finished = launch.finish()
+    assert finished.returncode == 0, finished.output[-6000:]
+    yield References(folder, finished)
