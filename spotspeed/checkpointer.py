@@ -94,7 +94,8 @@ class Checkpointer:
         """
         if self.loader is None:
             raise ConfigError("batches() needs the loader: spotspeed.attach(engine, loader=loader)")
-        stored = self._restored.cursor if self._restored else None
+        cursor = self._small.cursor
+        stored = cursor.at(int(self.engine.global_samples)) if cursor else None
         sampler = engine_sampler(self.engine, self.loader, stored=stored, epochs=epochs)
         self._small.cursor = Cursor(
             sampler.order, start_sample=sampler.start_sample,
@@ -310,6 +311,7 @@ class Checkpointer:
             signal.signal(signal.Signals[name], signal.SIG_IGN)
         self._say_goodbye("at the gate of the next step")
         self._detach()
+        self._exit.hasten(code)
         raise SystemExit(code)
 
     def _say_goodbye(self, where: str) -> None:

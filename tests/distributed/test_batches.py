@@ -1,0 +1,37 @@
+"""`Checkpointer.batches`: every sample of the epochs once, whatever number of ranks goes on."""
+
+import collections
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.ranks
+DRIVER = "tests/distributed/drivers/batches_job.py"
+SIZE, GLOBAL_BATCH, EPOCHS = 50, 12, 3
+
+
+def test_three_epochs_on_two_then_three_then_one_rank_see_every_sample_alike(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "log"
+    log.mkdir()
+    steps = SIZE * EPOCHS // GLOBAL_BATCH
+    for ranks, stop_at, workers in ((2, 4, 0), (3, 9, 1), (1, steps + 5, 0)):
+        run_ranks(ranks, DRIVER, str(tmp_path / "saved"), str(log), str(stop_at), str(workers),
+                  timeout_s=120)  # fmt: skip
+    seen: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+    for file in log.iterdir():
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            seen[record["step"]].update(record["samples"])
+    assert sorted(seen) == list(range(1, steps + 1))
+    assert all(sum(step.values()) == GLOBAL_BATCH for step in seen.values())
+    stream = sum((seen[step] for step in sorted(seen)), collections.Counter())
+    # 12 whole steps are 144 of the 150 samples: each sample thrice but for six of the last epoch.
+    assert set(stream.values()) <= {EPOCHS - 1, EPOCHS}
+    assert sum(count == EPOCHS - 1 for count in stream.values()) == SIZE * EPOCHS % GLOBAL_BATCH
+    first_epoch = sum((seen[step] for step in range(1, 5)), collections.Counter())
+    assert set(first_epoch.values()) == {1}
