@@ -25,18 +25,21 @@ from spotspeed.core.manifest import Ticket
 from spotspeed.staging.stager import Stager
 from spotspeed.storage.local import LocalStorage
 
-PIECE_BYTES = 4 << 20
+RETURNS = "stage() returns"
 
 
 @dataclass(frozen=True)
 class Result:
-    """Time of one contender: median and quartiles over the rounds, in ms, and its bandwidth."""
+    """Time of one contender: median and quartiles over the rounds, in ms, and its bandwidth.
+
+    `gb_s` is None where no bytes are moved.
+    """
 
     name: str
     median_ms: float
     low_ms: float
     high_ms: float
-    gb_s: float
+    gb_s: float | None
 
 
 def parse() -> argparse.Namespace:
@@ -109,7 +112,7 @@ class Bench:
         durable = time.perf_counter() - began
         self.storage.delete_prefix(ticket.directory)
         if not helping:
-            return {"stage, in the background": staged, "stage() returns": returned}
+            return {"stage, in the background": staged, RETURNS: returned}
         return {"stage, a waiting gate helps": staged, "save until durable": durable}
 
 
@@ -126,7 +129,7 @@ def measure(bench: Bench, rounds: int) -> list[Result]:
     results = []
     for name, seconds_list in sorted(times.items()):
         low, median, high = statistics.quantiles(seconds_list, n=4)
-        rate = bench.size_bytes / median / 1e9
+        rate = None if name == RETURNS else bench.size_bytes / median / 1e9
         results.append(Result(name, median * 1e3, low * 1e3, high * 1e3, rate))
     return results
 
@@ -143,8 +146,9 @@ def main() -> None:
         return
     print(f"{bench.size_bytes / 1e6:.0f} MB in {len(bench.pieces)} tensors, {os.cpu_count()} cores")
     for result in results:
+        rate = "" if result.gb_s is None else f"  {result.gb_s:6.2f} GB/s"
         print(f"{result.name:28} {result.median_ms:9.1f} ms  ({result.low_ms:.1f} to "
-              f"{result.high_ms:.1f})  {result.gb_s:6.2f} GB/s")  # fmt: skip
+              f"{result.high_ms:.1f}){rate}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def test_a_store_that_cannot_be_opened_is_an_error_with_its_reason() -> None:
     url = f"unknown-protocol-{os.getpid()}://bucket/run"
     with pytest.raises(StorageError, match="unknown-protocol"):
         open_session(url, rank=0, arena_bytes=1 << 20, slot_bytes=1 << 18, timeout_s=20)
+    (log_directory() / f"{saver_address(url)}.log").unlink()
 
 
 def test_an_arena_larger_than_memory_is_refused_with_the_numbers(tmp_path: Path) -> None:
@@ -147,6 +148,7 @@ def test_a_saver_of_another_version_leaves_before_a_new_one_starts(tmp_path: Pat
     second = open_session(path, rank=0, arena_bytes=0, slot_bytes=0)
     assert second.saver_pid != first.saver_pid
     second.close()
+    _log(Path(path)).unlink()
 
 
 @pytest.mark.parametrize("garbage", [
