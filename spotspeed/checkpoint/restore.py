@@ -11,13 +11,14 @@ from typing import Any
 from spotspeed import events
 from spotspeed.checkpoint.agreement import Exchange, Verdict, raise_first, share, vote
 from spotspeed.checkpoint.catalog import CheckpointInfo, find, list_sealed
+from spotspeed.checkpoint.fill import fill
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.save import JOB_KEY, rank_key
 from spotspeed.core import plain
-from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, Fragment, StoredTensor, TensorKey
+from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, StoredTensor, TensorKey
 from spotspeed.errors import CorruptionError, SpotSpeedError, UnsupportedLayoutError
 from spotspeed.state.plain_tensors import from_plain
-from spotspeed.state.provider import Piece, StateProvider
+from spotspeed.state.provider import StateProvider
 from spotspeed.state.small import SmallState
 from spotspeed.storage.contract import Storage
 
@@ -134,14 +135,14 @@ def _read(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Read:
         {key: value for key, value in stored.items() if key.kind not in (KIND_BLOB, KIND_BUFFER)}
     )
     pieces += seat.small.buffer_targets(_own_buffers(stored, seat.rank, offer["world_size"]))
-    report = reader.read_into([_request(piece) for piece in pieces])
+    bytes_read = fill(pieces, reader)
     seat.provider.check_restore()
     old_rank = seat.rank % int(offer["world_size"])
     job = from_plain(plain.decode(reader.blob(JOB_KEY), source=f"{offer['directory']}: job"))
     rank_state = from_plain(
         plain.decode(reader.blob(rank_key(old_rank)), source=f"{offer['directory']}: rank")
     )
-    return _Read(job, rank_state, report.bytes_read)
+    return _Read(job, rank_state, bytes_read)
 
 
 def _own_buffers(
@@ -151,10 +152,6 @@ def _own_buffers(
     scope = f"rank-{rank % world_size}"
     return {key: value for key, value in stored.items()
             if key.kind == KIND_BUFFER and key.scope == scope}  # fmt: skip
-
-
-def _request(piece: Piece) -> tuple[Fragment, memoryview]:
-    return piece.holding.fragment, piece.view()
 
 
 def _finish(seat: Seat, offer: dict[str, Any], read: _Read, began: float) -> Restored:
