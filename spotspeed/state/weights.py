@@ -11,8 +11,11 @@ from spotspeed.core.interval import Interval
 from spotspeed.state.partition import Partition, Slot
 from spotspeed.state.piece import flat_elements, run_of, write_elements
 
-COMPARE_ELEMENTS = 4 * 1024 * 1024
-"""Elements that are cast and compared at a time; bounds the scratch memory of the comparison."""
+HOST_ELEMENTS, DEVICE_ELEMENTS = 256 * 1024, 16 * 1024 * 1024
+"""Elements that are cast and compared at a time: what a cache holds, what fills a device.
+
+They bound the scratch memory of the comparison.
+"""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _SCOPE = re.compile(r"elements-(\d+)-(\d+)")
@@ -71,8 +74,9 @@ def _is_cast(weight: torch.Tensor, master: torch.Tensor) -> bool:
     if weight.data_ptr() == master.data_ptr() and weight.dtype == master.dtype:
         return True
     bits = _BITS[weight.element_size()]
-    for start in range(0, weight.numel(), COMPARE_ELEMENTS):
-        count = min(COMPARE_ELEMENTS, weight.numel() - start)
+    step = HOST_ELEMENTS if weight.device.type == "cpu" else DEVICE_ELEMENTS
+    for start in range(0, weight.numel(), step):
+        count = min(step, weight.numel() - start)
         expected = master.narrow(0, start, count).to(weight.dtype).to(weight.device)
         if not torch.equal(weight.narrow(0, start, count).view(bits), expected.view(bits)):
             return False

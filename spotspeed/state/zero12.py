@@ -95,11 +95,12 @@ class Zero12Layout:
         size = zero.single_partition_of_fp32_groups[index].numel()
         rank, _ = replica_of(zero.real_dp_process_group[index])
         owned = Interval(rank * size, (rank + 1) * size)
-        padding = int(zero.groups_padding[index])
         inner = getattr(zero, "round_robin_bit16_padding", None)
-        if inner is not None:
-            for (_, meta, offset), gap in zip(self._parameters(index), inner[index], strict=True):
-                common = Interval(offset + meta.numel(), offset + meta.numel() + gap)
-                overlap = common.intersect(owned)
-                padding += overlap.count if overlap else 0
+        if inner is None:  # The tail alone, which an older `groups_padding` counts on one rank.
+            total = sum(meta.numel() for _, meta, _ in self._parameters(index))
+            return int(size - max(0, min(size, total - owned.start)))
+        padding = int(zero.groups_padding[index])
+        for (_, meta, offset), gap in zip(self._parameters(index), inner[index], strict=True):
+            common = Interval(offset + meta.numel(), offset + meta.numel() + gap).intersect(owned)
+            padding += common.count if common else 0
         return padding

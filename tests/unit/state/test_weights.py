@@ -36,7 +36,7 @@ def test_derived_weights_are_underived_nowhere(dtype: torch.dtype) -> None:
 
 
 def test_one_differing_bit_is_found_in_any_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "COMPARE_ELEMENTS", 4)
+    monkeypatch.setattr(weights, "HOST_ELEMENTS", 4)
     for index in range(11):
         copy = torch.zeros(11, dtype=torch.bfloat16)
         partition = _partition(torch.zeros(12), copy)
