@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from spotspeed.state.batch import explain_batches
+
 if TYPE_CHECKING:
     from spotspeed.checkpoint.opened import OpenedCheckpoint, list_checkpoints, open_checkpoint
     from spotspeed.checkpoint.queue import SaveHandle
@@ -52,3 +54,10 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _on_refusal() -> None:
+    importlib.import_module("spotspeed.exit").watch_refusals()
+
+
+explain_batches(_on_refusal)

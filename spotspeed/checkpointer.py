@@ -19,7 +19,7 @@ from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import Cut, GateVerdict
 from spotspeed.core.manifest import Ticket
 from spotspeed.errors import ConfigError, SpotSpeedError
-from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch
+from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch, watch_refusals
 from spotspeed.state import boundary, loader_guard
 from spotspeed.state.cursor import Cursor
 from spotspeed.state.engine import Engine, rank_of, require_block, world_size_of
@@ -349,6 +349,7 @@ def attach(engine: Engine, *, loader: Any = None) -> Checkpointer:
     missing or wrong, UnsupportedLayoutError for a layout that spotspeed does not know, and
     OwnedError when another living job has the path; the same on every rank.
     """
+    watch_refusals()
     try:
         return Checkpointer(engine, require_block(engine), loader)
     except SpotSpeedError:

@@ -6,6 +6,7 @@ checkpoint was not known durable; 77 do not requeue.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -49,6 +50,13 @@ class ExitWatch:
         if sys.excepthook == self._on_unhandled:
             sys.excepthook = self._previous_hook
 
+    def hasten(self, code: int) -> None:
+        """Once the main thread has ended, run what others want to be run at exit, and be gone.
+
+        To take an interpreter with torch apart takes seconds, of those that the machine has left.
+        """
+        atexit.register(self._end, code)
+
     def now(self, code: int) -> None:
         """End the process without waiting for the main thread."""
         for stream in (sys.stdout, sys.stderr):
@@ -57,6 +65,14 @@ class ExitWatch:
             except (OSError, ValueError):
                 continue
         os._exit(code)
+
+    def _end(self, code: int) -> None:
+        """The last one to be registered is called first, and calls the others."""
+        atexit.unregister(self._end)
+        try:
+            atexit._run_exitfuncs()
+        finally:
+            self.now(code)
 
     def _wait(self) -> None:
         threading.main_thread().join()
@@ -77,3 +93,25 @@ class ExitWatch:
             self.now(self._expected)
         if issubclass(kind, NO_REQUEUE_ERRORS):
             self.now(EXIT_DO_NOT_REQUEUE)
+
+
+def watch_refusals() -> None:
+    """From now on an unhandled error that no new start can cure ends the process with 77."""
+    if not isinstance(sys.excepthook, _RefusalHook):
+        sys.excepthook = _RefusalHook(sys.excepthook)
+
+
+class _RefusalHook:
+    """Reports an unhandled error as ever; then leaves with the code that forbids a requeue."""
+
+    def __init__(self, previous: Callable[..., None]) -> None:
+        self._previous = previous
+
+    def __call__(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        self._previous(kind, error, trace)
+        if issubclass(kind, NO_REQUEUE_ERRORS):
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(EXIT_DO_NOT_REQUEUE)
