@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from spotspeed.core import plain
-from spotspeed.core.layout import KIND_BLOB, TensorKey
+from spotspeed.core.layout import KIND_BLOB, KIND_MASTER, KIND_WEIGHT, TensorKey
 from spotspeed.core.manifest import Ticket
 from spotspeed.state.plain_tensors import to_plain
 from spotspeed.state.provider import StateProvider
@@ -51,10 +51,17 @@ def begin_save(
 
 
 def share_bytes(provider: StateProvider, small: SmallState, record: Record) -> int:
-    """About what this rank writes per save once the optimizer has its state; not the blobs."""
-    return provider.expected_bytes() + sum(
-        piece.fragment.size_bytes for piece in small.buffer_pieces(record)
-    )
+    """About what this rank writes per save, without the small blobs.
+
+    Before the first step most optimizers have no state yet: two moments per master are assumed.
+    """
+    shares = [piece.share.fragment for piece in provider.pieces()]
+    master_bytes = sum(share.size_bytes for share in shares if share.key.kind == KIND_MASTER)
+    other_bytes = sum(share.size_bytes for share in shares if share.key.kind != KIND_MASTER)
+    has_moments = any(share.key.kind not in (KIND_MASTER, KIND_WEIGHT) for share in shares)
+    buffer_bytes = sum(piece.fragment.size_bytes for piece in small.buffer_pieces(record))
+    moments_bytes = 0 if has_moments else 2 * master_bytes
+    return master_bytes + moments_bytes + other_bytes + buffer_bytes
 
 
 def _encode(value: Mapping[str, Any], *, what: str) -> bytes:
