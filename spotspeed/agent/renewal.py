@@ -21,7 +21,7 @@ class Renewal:
 
     def __init__(self, storage: Storage, epoch: int, period_s: float) -> None:
         self._storage = storage
-        self._epoch = epoch
+        self.epoch = epoch
         self._period_s = period_s
         self._state: State = "training"
         self._said: State = "training"
@@ -58,7 +58,7 @@ class Renewal:
                 _logger.error("%s", error)
                 return
             except SpotSpeedError as error:
-                _logger.warning("epoch %d was not renewed: %s", self._epoch, error)
+                _logger.warning("epoch %d was not renewed: %s", self.epoch, error)
             if is_over:
                 return
 
@@ -69,7 +69,7 @@ class Renewal:
     def _renew(self, state: State) -> bool:
         """Whether the epoch is still ours to renew; it is renewed then."""
         owner = read_owner(self._storage)
-        if owner is None or owner.epoch != self._epoch or owner.state == "released":
+        if owner is None or owner.epoch != self.epoch or owner.state == "released":
             return False
         renew(self._storage, owner, state=state)
         return True

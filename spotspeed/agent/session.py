@@ -163,7 +163,9 @@ class Session:
             case Drain(before_epoch):
                 house.drain(before_epoch, self)
             case Renew(epoch, period_s):
-                if self._renewal is None:
+                if self._renewal is None or self._renewal.epoch != epoch:
+                    if self._renewal is not None:
+                        self._renewal.stop()
                     self._renewal = Renewal(house.storage, epoch, period_s)
             case Notify():
                 house.notify(message)

@@ -27,6 +27,10 @@ class Collector:
         self._thread = threading.Thread(target=self._run, name="spotspeed-gc", daemon=True)
         self._thread.start()
 
+    def begin(self, epoch: int) -> None:
+        """From now on this launch is epoch `epoch`."""
+        self._epoch = epoch
+
     def sealed(self, _: Any = None) -> None:
         """Something newer is sealed; returns at once."""
         self._wishes.put(True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,10 @@ from spotspeed.checkpoint.save import JOB_KEY, rank_key
 from spotspeed.core import plain
 from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, StoredTensor, TensorKey
 from spotspeed.errors import CorruptionError, SpotSpeedError, UnsupportedLayoutError
+from spotspeed.state.fit import ALL, Wanted
 from spotspeed.state.plain_tensors import from_plain
 from spotspeed.state.provider import StateProvider
-from spotspeed.state.small import SmallState
+from spotspeed.state.small import PARTS, SmallState
 from spotspeed.storage.contract import Storage
 
 _logger = logging.getLogger("spotspeed")
@@ -51,6 +52,9 @@ class Seat:
     exchange: Exchange
     provider: StateProvider
     small: SmallState
+    wanted: Wanted = ALL
+    parts: Collection[str] = PARTS
+    """What of the small state is restored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,8 @@ def _read(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Read:
     reader = CheckpointReader.open(storage, offer["directory"], digest=offer["digest"])
     stored = reader.tensors()
     pieces = seat.provider.prepare_restore(
-        {key: value for key, value in stored.items() if key.kind not in (KIND_BLOB, KIND_BUFFER)}
+        {key: value for key, value in stored.items() if key.kind not in (KIND_BLOB, KIND_BUFFER)},
+        seat.wanted,
     )
     pieces += seat.small.buffer_targets(_own_buffers(stored, seat.rank, offer["world_size"]))
     bytes_read = fill(pieces, reader)
@@ -156,7 +161,10 @@ def _own_buffers(
 
 def _finish(seat: Seat, offer: dict[str, Any], read: _Read, began: float) -> Restored:
     seat.provider.finish_restore()
-    for note in seat.small.apply(read.job, read.rank_state, written_by=offer["world_size"]):
+    notes = seat.small.apply(
+        read.job, read.rank_state, written_by=offer["world_size"], parts=seat.parts
+    )
+    for note in notes:
         _logger.warning("%s: %s", offer["directory"], note)
     elapsed_s = time.monotonic() - began
     events.emit(events.Resumed(offer["directory"], offer["step"], offer["world_size"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ Stored = Mapping[TensorKey, StoredTensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How much of a stored state is restored; by default all of it, into exactly its model."""
+
+    optimizer: bool = True
+    """False: the optimizer's state stays as it is."""
+    is_strict: bool = True
+    """False: parameters that only the store or only the model has are left alone."""
+
+
+ALL = Wanted()
+
+
 def optimizer_kinds(stored: Stored) -> dict[str, frozenset[str]]:
     """The optimizer state keys that the store has of each parameter."""
     found: dict[str, set[str]] = defaultdict(set)
@@ -43,8 +57,13 @@ def optimizer_kinds(stored: Stored) -> dict[str, frozenset[str]]:
     return {name: frozenset(kinds) for name, kinds in found.items()}
 
 
-def check_parameters(stored: Stored, trainable: Shapes, frozen: Shapes) -> None:
-    """Raise InvalidLayoutError unless the store has exactly these parameters in these shapes."""
+def check_parameters(
+    stored: Stored, trainable: Shapes, frozen: Shapes, *, is_strict: bool = True
+) -> None:
+    """Raise InvalidLayoutError unless the store has exactly these parameters in these shapes.
+
+    Without `is_strict`, parameters that only one side has are no reason.
+    """
     _check_scopes(stored)
     masters = {key.name: item.shape for key, item in stored.items() if key.kind == KIND_MASTER}
     weights = {
@@ -56,6 +75,9 @@ def check_parameters(stored: Stored, trainable: Shapes, frozen: Shapes) -> None:
         *_compare(masters, trainable, weights, frozen, "trainable"),
         *_compare(weights, frozen, masters, trainable, "frozen"),
     ]
+    if not is_strict:
+        both = (masters.keys() | weights.keys()) & (trainable.keys() | frozen.keys())
+        problems = [problem for problem in problems if problem.partition(": ")[0] in both]
     if problems:
         raise InvalidLayoutError(
             f"the checkpoint is of another model: {len(problems)} differences among "

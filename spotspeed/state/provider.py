@@ -12,7 +12,7 @@ from spotspeed.core.layout import StoredTensor, TensorKey
 from spotspeed.errors import CaptureError, UnsupportedLayoutError
 from spotspeed.state.bf16 import Bf16Layout
 from spotspeed.state.capture import expected_bytes, live_pieces, underived_pieces
-from spotspeed.state.fit import check_optimizer, check_parameters
+from spotspeed.state.fit import ALL, Wanted, check_optimizer, check_parameters
 from spotspeed.state.fp16_fused import FusedLayout
 from spotspeed.state.fp16_unfused import UnfusedLayout
 from spotspeed.state.optimizers import rule_for
@@ -57,7 +57,9 @@ class StateProvider(Protocol):
         """The bytes of this rank's shares of `pieces`, once the optimizer has made its state."""
         ...
 
-    def prepare_restore(self, stored: Mapping[TensorKey, StoredTensor]) -> list[Piece]:
+    def prepare_restore(
+        self, stored: Mapping[TensorKey, StoredTensor], wanted: Wanted = ALL
+    ) -> list[Piece]:
         """The targets that this rank has to fill, in place, to hold the stored state.
 
         Allocates missing optimizer state. Raises InvalidLayoutError, before it changes anything,
@@ -153,7 +155,9 @@ class EngineState:
             raise CaptureError(f"{moved} are offloaded: call engine.reload_states() first")
         return list(underived_pieces(self._layout))
 
-    def prepare_restore(self, stored: Mapping[TensorKey, StoredTensor]) -> list[Piece]:
+    def prepare_restore(
+        self, stored: Mapping[TensorKey, StoredTensor], wanted: Wanted = ALL
+    ) -> list[Piece]:
         moved = self._offloaded()
         if moved:
             raise UnsupportedLayoutError(
@@ -168,9 +172,11 @@ class EngineState:
             stored,
             {name: shape for name, shape in shapes.items() if name in trained},
             {name: shape for name, shape in shapes.items() if name not in trained},
+            is_strict=wanted.is_strict,
         )
-        check_optimizer(stored, partitions, self._layout.optimizer)
-        self._restore = Restore(self._layout, stored)
+        if wanted.optimizer:
+            check_optimizer(stored, partitions, self._layout.optimizer)
+        self._restore = Restore(self._layout, stored, wanted)
         self._restore.plan()
         return list(self._restore.pieces)
 

@@ -14,7 +14,9 @@ from spotspeed.core.interval import Interval
 from spotspeed.core.layout import KIND_MASTER, KIND_WEIGHT, Fragment, Holding, TensorKey
 from spotspeed.errors import InvalidLayoutError
 from spotspeed.state.fit import (
+    ALL,
     Stored,
+    Wanted,
     check_shape,
     is_same_dtype,
     optimizer_kinds,
@@ -56,6 +58,7 @@ class Restore:
 
     layout: Layout
     stored: Stored
+    wanted: Wanted = ALL
     pieces: list[Piece] = field(default_factory=list)
     _copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _scalars: list[_Scalar] = field(default_factory=list)
@@ -66,11 +69,16 @@ class Restore:
         kinds, runs = optimizer_kinds(self.stored), overrides(self.stored)
         with torch.no_grad():
             for partition in self.layout.partitions():
-                self._plan_state(partition, kinds)
+                if self.wanted.optimizer:
+                    self._plan_state(partition, kinds)
                 for slot in partition.slots:
+                    if TensorKey(KIND_MASTER, slot.name) not in self.stored:
+                        continue  # The fit was checked: only what is not strict lacks one.
                     self._add(KIND_MASTER, slot, partition.master)
                     self._plan_override(slot, runs.get(slot.name, []))
             for resident in self.layout.residents():
+                if TensorKey(KIND_WEIGHT, resident.name) not in self.stored:
+                    continue
                 slot = Slot(resident.name, resident.shape, resident.interval, 0)
                 self._add(KIND_WEIGHT, slot, resident.tensor)
 
