@@ -27,6 +27,7 @@ from spotspeed.state.loader import engine_sampler, ordered_loader
 from spotspeed.state.provider import provider_for
 from spotspeed.state.small import SmallState
 from spotspeed.state.workers import DEFAULT_SIGNALS
+from spotspeed.supervised import tell
 
 CLOSE_TIMEOUT_S = 1800.0
 """Longest time that close() waits for the other ranks and for the last bytes."""
@@ -62,6 +63,7 @@ class Checkpointer:
         self._session.stager.reserve(share_bytes(self._provider, self._small, record))
         events.emit(events.Attached(self._session.storage.url, self._session.epoch, self.rank,
                                     self.world_size, self._provider.name))  # fmt: skip
+        tell(attached=self.rank, epoch=self._session.epoch, path=self._session.storage.url)
 
     # What users call.
 

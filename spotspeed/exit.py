@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from spotspeed.errors import ConfigError, OwnedError, ReshardError
+from spotspeed.supervised import tell
 
 EXIT_NOT_DURABLE = 76
 EXIT_DO_NOT_REQUEUE = 77
@@ -47,6 +48,7 @@ class ExitWatch:
     def disarm(self) -> None:
         """Nothing is left to close."""
         self._is_disarmed = True
+        tell(closed=True)
         if sys.excepthook == self._on_unhandled:
             sys.excepthook = self._previous_hook
 
@@ -55,10 +57,12 @@ class ExitWatch:
 
         To take an interpreter with torch apart takes seconds, of those that the machine has left.
         """
+        tell(code=code)
         atexit.register(self._end, code)
 
     def now(self, code: int) -> None:
         """End the process without waiting for the main thread."""
+        tell(code=code)
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
@@ -114,4 +118,5 @@ class _RefusalHook:
         if issubclass(kind, NO_REQUEUE_ERRORS):
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
+            tell(code=EXIT_DO_NOT_REQUEUE)
             os._exit(EXIT_DO_NOT_REQUEUE)

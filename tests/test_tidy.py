@@ -32,7 +32,9 @@ FLOORS = {
     "config": 1, "events": 1, "core": 1, "exit": 1,
     "errors": 0, "_native": 0, "__init__": 0,
 }  # fmt: skip
-ROOM_OF = {"__main__": "cli", "launch": "checkpointer"}
+ROOM_OF = {
+    "__main__": "cli", "cli_job": "cli", "launch": "checkpointer", "supervised": "exit",
+}  # fmt: skip
 """Modules beside the package's rooms, and the room each belongs to."""
 
 CONFINED = {
