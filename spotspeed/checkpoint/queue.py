@@ -16,6 +16,20 @@ from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.staging.staged import StagedSave, StagingFacts
 
 
+@dataclass(frozen=True, slots=True)
+class SaveProgress:
+    """How far this rank's part of a save is, in bytes; each stage counts what reached it."""
+
+    total_bytes: int
+    """0 until the save has been described."""
+    staged_bytes: int
+    """In the saver's hands: they survive this process."""
+    stored_bytes: int
+    """In this rank's shard, durable: all or nothing."""
+    sealed_bytes: int
+    """Part of a checkpoint that is complete on all ranks: all or nothing."""
+
+
 @dataclass(slots=True, eq=False)
 class SaveHandle:
     """One save in flight.
@@ -31,6 +45,7 @@ class SaveHandle:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _begun: threading.Event = field(default_factory=threading.Event, repr=False)
     _staged: StagedSave | None = field(default=None, repr=False)
+    _inner: SaveHandle | None = field(default=None, repr=False)
 
     @property
     def tag(self) -> str:
@@ -50,8 +65,46 @@ class SaveHandle:
         """Block until durable; raises what went wrong, or TimeoutError."""
         return self.upload_completion.result(timeout_s)
 
+    def progress(self) -> SaveProgress:
+        """How far it is; any thread may ask at any time."""
+        if self._inner is not None:
+            return self._inner.progress()
+        staged = self._staged
+        total = 0 if staged is None else staged.size_bytes
+        return SaveProgress(
+            total,
+            0 if staged is None else staged.staged_bytes,
+            total if staged is not None and _is_fine(staged.stored_completion) else 0,
+            total if _is_fine(self.upload_completion) else 0,
+        )
+
+    def then(self, finish: Callable[[Manifest], Manifest]) -> SaveHandle:
+        """The same save with one more thing to do after the seal, on a thread of its own.
+
+        `upload_completion` resolves to what `finish` returns, or raises its SpotSpeedError.
+        """
+        outer = SaveHandle(self.ticket, _inner=self)
+        _chain(self.staging_completion, outer.staging_completion)
+
+        def run() -> None:
+            try:
+                result = finish(self.upload_completion.result())
+            except SpotSpeedError as error:
+                outer.upload_completion.set_exception(error)
+            except Exception as error:  # whoever waits must hear of it, whatever it was
+                outer.upload_completion.set_exception(StorageError(f"{self.tag}: {error!r}"))
+            else:
+                outer.upload_completion.set_result(result)
+
+        self.upload_completion.add_done_callback(
+            lambda _: threading.Thread(target=run, name="spotspeed-finish", daemon=True).start()
+        )
+        return outer
+
     def abandon(self, why: str) -> None:
         """Give it up; harmless when it is durable or has failed already."""
+        if self._inner is not None:
+            return self._inner.abandon(why)
         with self._lock:
             staged = self._staged
             if staged is None:
@@ -154,6 +207,10 @@ class SaveQueue:
     def _run(self) -> None:
         while (handle := self._jobs.get()) is not None:
             handle._begin(self._begin)
+
+
+def _is_fine(future: Future[Any]) -> bool:
+    return future.done() and future.exception() is None
 
 
 def _report(handle: SaveHandle) -> None:

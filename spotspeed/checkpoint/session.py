@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +26,14 @@ from spotspeed.coordinator.bootstrap import bootstrap
 from spotspeed.coordinator.coordinator import Coordinator, CutListener
 from spotspeed.coordinator.notice import Notice, NoticeSource, configured_sources
 from spotspeed.core.manifest import MAX_STEP, Manifest
-from spotspeed.errors import ConfigError, ObjectNotFoundError, SpotSpeedError, StorageError
+from spotspeed.errors import ConfigError, ObjectNotFoundError, SpotSpeedError, StorageError, TransientStorageError
 from spotspeed.staging.stager import Stager
 from spotspeed.storage import open_storage
 from spotspeed.storage.contract import Storage
 
 PROBE_DIRECTORY = "probe"
+_open: Counter[str] = Counter()
+"""How many sessions this process has at each store: several engines may share one."""
 DRAIN_TIMEOUT_S = 600.0
 """Longest time that a launch waits for what an earlier one on this node is still writing."""
 
@@ -50,8 +53,12 @@ class Session:
     """Where notices other than signals come from: one rank a node watches."""
 
     def collect(self, sealed: Future[Manifest]) -> None:
-        """A save has ended; when it is durable, older ones may go."""
-        if self.collector is not None and sealed.exception() is None:
+        """A save has ended; when it is durable, older ones may go.
+
+        Not while another engine of this process saves at the same place under an epoch of its own.
+        """
+        is_alone = _open[self.storage.url] == 1
+        if self.collector is not None and is_alone and sealed.exception() is None:
             self.collector.sealed()
 
     def watch(self, config: NoticeConfig) -> None:
@@ -80,6 +87,7 @@ class Session:
             source.stop()
         if self.collector is not None:
             self.collector.close()
+        _open[self.storage.url] -= 1
         self.stager.close()
         if is_done and self.rank == 0:
             try:
@@ -87,6 +95,16 @@ class Session:
             except StorageError as error:
                 events.emit(events.Lost("the owner record could not be released", str(error)))
         self.coordinator.close(0.0)
+
+    def begin_epoch(self) -> None:
+        """Go on as the next epoch, from another checkpoint; every rank calls it."""
+        answer = share(self.coordinator.exchange, "next-epoch", self.rank,
+                       lambda: {"epoch": claim_epoch(self.storage).epoch})  # fmt: skip
+        self.epoch = int(answer["epoch"])
+        if self.rank == 0:
+            self.stager.renew_owner(self.epoch, period_s=RENEWAL_PERIOD_S)
+        if self.collector is not None:
+            self.collector.begin(self.epoch)
 
     def record_restored(self, restored: Restored | None) -> None:
         """Write down where this epoch's lineage begins; rank 0 does it for all."""
@@ -120,6 +138,7 @@ def open_session(
         coordinator.close(0.0)
         raise
     session = Session(storage, coordinator, stager, epoch, rank)
+    _open[storage.url] += 1
     if rank == 0:
         session.collector = Collector(storage, config.keep, epoch=epoch)
     if rank == hosts.index(hosts[rank]):
@@ -155,7 +174,12 @@ def probe_one_place(storage: Storage, exchange: Exchange, rank: int) -> None:
     token = secrets.token_hex(16)
 
     def write() -> dict[str, Any]:
-        storage.put(f"{PROBE_DIRECTORY}/{token}", token.encode())
+        try:
+            storage.put(f"{PROBE_DIRECTORY}/{token}", token.encode())
+        except TransientStorageError:
+            raise
+        except StorageError as error:
+            raise ConfigError(f"`path` {storage.url} cannot be written: {error}") from error
         return {"token": token}
 
     token = share(exchange, "path-probe", rank, write)["token"]

@@ -112,6 +112,15 @@ class StagedSave:
         self._end(StorageError(f"{self.ticket.directory} was abandoned: {reason}"), tell=True)
 
     @property
+    def staged_bytes(self) -> int:
+        """Bytes that are in the saver's hands."""
+        with self._lock:
+            layout, sent = self._layout, self._sent
+        if layout is None:
+            return 0
+        return sum(chunk.size_bytes for chunk in layout.chunks[:sent])
+
+    @property
     def is_over(self) -> bool:
         """Whether it is sealed, failed or abandoned."""
         return self._is_over
