@@ -26,7 +26,7 @@ from spotspeed.coordinator.bootstrap import bootstrap
 from spotspeed.coordinator.coordinator import Coordinator, CutListener
 from spotspeed.coordinator.notice import Notice, NoticeSource, configured_sources
 from spotspeed.core.manifest import MAX_STEP, Manifest
-from spotspeed.errors import ConfigError, ObjectNotFoundError, SpotSpeedError, StorageError, TransientStorageError
+from spotspeed.errors import ConfigError, ObjectNotFoundError, SpotSpeedError, StorageError
 from spotspeed.staging.stager import Stager
 from spotspeed.storage import open_storage
 from spotspeed.storage.contract import Storage
@@ -132,7 +132,9 @@ def open_session(
         storage = open_storage(absolute(config.path))
         probe_one_place(storage, coordinator.exchange, rank)
         hosts = share_all(coordinator.exchange, "host", this_process().boot_id)
-        stager = Stager(storage.url, config, rank, local_world_size=hosts.count(hosts[rank]))
+        stager = Stager(storage.url, config, rank, local_world_size=hosts.count(hosts[rank]),
+                        on_notice=lambda left_s, source: coordinator.notice(source, left_s or None)
+                        )  # fmt: skip
         epoch = _claim(storage, coordinator.exchange, stager, rank, config.take_over)
     except BaseException:
         coordinator.close(0.0)

@@ -108,7 +108,10 @@ class Renew:
 
 @dataclass(frozen=True, slots=True)
 class Notify:
-    """This machine goes away in `deadline_s` seconds: tell every rank of the node."""
+    """This machine goes away in `deadline_s` seconds: tell every rank of the node.
+
+    0 says that the time is not known; `notice.deadline_s` applies.
+    """
 
     deadline_s: float
     source: str
