@@ -78,7 +78,12 @@ class Checkpointer:
             raise ConfigError("restore() must come before the first step")
         seat = Seat(self.rank, self.world_size, self._session.coordinator.exchange,
                     self._provider, self._small)  # fmt: skip
-        self._restored = restore_agreed(self._session.storage, seat, tag=tag)
+        try:
+            self._restored = restore_agreed(self._session.storage, seat, tag=tag)
+        except SpotSpeedError:
+            # What is in the engine now is no state of the run: nothing of it may be saved.
+            self._detach()
+            raise
         self._session.record_restored(self._restored)
         self._has_restored = True
         if self._restored is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from spotspeed import events
 from spotspeed.checkpoint.agreement import Exchange, Verdict, raise_first, share, vote
-from spotspeed.checkpoint.catalog import CheckpointInfo, find, list_sealed
+from spotspeed.checkpoint.catalog import CheckpointInfo, find, scan
 from spotspeed.checkpoint.fill import fill
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.save import JOB_KEY, rank_key
@@ -79,6 +79,8 @@ def restore_agreed(storage: Storage, seat: Seat, *, tag: str | None = None) -> R
     while True:
         offer = share(seat.exchange, "restore-offer", seat.rank, candidates.offer)
         if offer["directory"] is None:
+            # Nobody may begin anew beside checkpoints that are there but cannot be read.
+            rejected += offer["damaged"]
             break
         objections, read = _try(storage, seat, offer)
         if not objections and read is not None:
@@ -103,6 +105,7 @@ class _Candidates:
     def __init__(self, storage: Storage, tag: str | None) -> None:
         self._storage, self._tag = storage, tag
         self._remaining: Iterator[CheckpointInfo] | None = None
+        self._damaged: list[str] = []
 
     def offer(self) -> dict[str, Any]:
         """The next candidate as plain data; its directory is None when there is none left."""
@@ -110,14 +113,18 @@ class _Candidates:
             self._remaining = iter(self._list())
         info = next(self._remaining, None)
         if info is None:
-            return {"directory": None}
+            return {"directory": None, "damaged": self._damaged}
         return {"directory": info.directory, "digest": info.digest, "tag": info.tag,
                 "step": info.step, "world_size": info.world_size}  # fmt: skip
 
     def _list(self) -> Sequence[CheckpointInfo]:
         if self._tag is not None:
             return [find(self._storage, self._tag)]
-        return list_sealed(self._storage)
+        catalog = scan(self._storage)
+        for damaged in catalog.damaged:
+            events.emit(events.FellBack(damaged.directory, damaged.cause))
+            self._damaged.append(f"{damaged.directory}: {damaged.cause}")
+        return catalog.sealed
 
 
 def _try(

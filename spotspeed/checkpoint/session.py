@@ -11,8 +11,9 @@ from typing import Any
 
 from spotspeed import events
 from spotspeed.checkpoint.agreement import Exchange, raise_first, share, share_all, vote
-from spotspeed.checkpoint.catalog import list_sealed
+from spotspeed.checkpoint.catalog import describe, list_sealed
 from spotspeed.checkpoint.collector import Collector
+from spotspeed.checkpoint.commit import roll_forward
 from spotspeed.checkpoint.ownership import (
     RENEWAL_PERIOD_S,
     claim_epoch,
@@ -26,7 +27,13 @@ from spotspeed.coordinator.bootstrap import bootstrap
 from spotspeed.coordinator.coordinator import Coordinator, CutListener
 from spotspeed.coordinator.notice import Notice, NoticeSource, configured_sources
 from spotspeed.core.manifest import MAX_STEP, Manifest
-from spotspeed.errors import ConfigError, ObjectNotFoundError, SpotSpeedError, StorageError
+from spotspeed.errors import (
+    ConfigError,
+    ObjectNotFoundError,
+    SpotSpeedError,
+    StorageError,
+    TransientStorageError,
+)
 from spotspeed.staging.stager import Stager
 from spotspeed.storage import open_storage
 from spotspeed.storage.contract import Storage
@@ -151,15 +158,25 @@ def open_session(
 def _claim(
     storage: Storage, exchange: Exchange, stager: Stager, rank: int, take_over: bool
 ) -> int:
-    """Let the saver that an older launch left here finish, then begin the next epoch."""
+    """Let the saver that an older launch left here finish, then begin the next epoch.
+
+    Saves that lack nothing but their manifest are sealed: their savers died just before.
+    """
     objection: SpotSpeedError | None = None
     try:
         stager.drain(MAX_STEP, timeout_s=DRAIN_TIMEOUT_S)
     except SpotSpeedError as error:
         objection = error
     raise_first(vote(exchange, "drain", objection))
-    answer = share(exchange, "epoch", rank,
-                   lambda: {"epoch": claim_epoch(storage, take_over=take_over).epoch})  # fmt: skip
+
+    def claim() -> dict[str, Any]:
+        claimed = claim_epoch(storage, take_over=take_over)
+        for manifest in roll_forward(storage).sealed:
+            info = describe(manifest)
+            events.emit(events.Sealed(info.directory, info.tag, info.step, info.size_bytes, 0.0))
+        return {"epoch": claimed.epoch}
+
+    answer = share(exchange, "epoch", rank, claim)
     epoch = int(answer["epoch"])
     if rank == 0:
         stager.renew_owner(epoch, period_s=RENEWAL_PERIOD_S)
