@@ -27,7 +27,6 @@ from enum import Enum, auto
 from spotspeed.core.cut_actions import (
     Action,
     AllClosed,
-    Departed,
     PeerLost,
     Send,
     Timing,
@@ -243,7 +242,6 @@ class CutMachine:
         self.member.depart(message, now)
         self._offer.fail("the job is leaving")
         self.state = State.LEFT
-        self._actions.append(Departed(message.round, message.digest, message.why))
 
     def _afterword(self, sender: int, message: Message) -> None:
         """Help those who have not heard the last word."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from spotspeed.core.cut_actions import Action, Capture, Decided, Settled, Timing
+from spotspeed.core.cut_actions import Action, Capture, Decided, Departed, Settled, Timing
 from spotspeed.core.cut_gate import OPEN, Gate
 from spotspeed.core.cut_messages import (
     Cut,
@@ -157,13 +157,16 @@ class Member:
             self._resend_at = now + self.timing.resend_s
 
     def depart(self, message: Leave, now: float) -> None:
-        """Settle what is still open: nobody will hear how it ends."""
+        """Settle what is still open: nobody will hear how it ends. Then go, with what is known."""
         for held in self.rounds.values():
             if not held.is_settled:
                 known = held.cut.round == message.round
                 why = message.why if known else "left before the outcome was known"
                 self._settle(held, message.digest if known else None, why, now)
         self._resend_at = None
+        sealed = [held for held in self.rounds.values() if held.cut.stop and held.digest]
+        digest = sealed[-1].digest if sealed else message.digest
+        self._actions.append(Departed(message.round, digest, "" if digest else message.why))
 
     def tick(self, now: float) -> None:
         """Give up saves that hold a step for too long; ask again to be let go."""

@@ -30,6 +30,7 @@ class Judge:
         self._cuts: dict[str, Cut] = {}
         self._outcomes: dict[tuple[int, str], str | None] = {}
         self._by_attempt: dict[tuple[Term, str], str | None] = {}
+        self._by_term: dict[Term, str | None] = {}
         self._departures: dict[int, Departed] = {}
         self._promised_stop: set[int] = set()
 
@@ -81,6 +82,8 @@ class Judge:
         if key in self._outcomes:
             raise Violation(f"rank {rank.number} was told the outcome of {cut} twice")
         self._outcomes[key] = digest
+        if "has begun already" in action.why:
+            raise Violation(f"rank {rank.number}: a step was chosen that is past: {action}")
         if digest is not None and self.seals.get(cut.attempt) != cut.step:
             raise Violation(f"rank {rank.number}: {cut} is said to be sealed and is not")
         if not self.is_faulty and action.why != "left before the outcome was known":
@@ -91,6 +94,14 @@ class Judge:
     def departed(self, rank: Rank, action: Departed) -> None:
         self._departures[rank.number] = action
         machine = rank.machine
+        known = [key for key, digest in self._outcomes.items() if digest is not None
+                 and key[0] == rank.number and self._cuts[key[1]].stop]  # fmt: skip
+        if known and action.digest is None:
+            raise Violation(f"rank {rank.number} knew {known} and left with {action}")
+        if action.round:
+            told = self._by_term.setdefault(machine.term, action.digest)
+            if told != action.digest:
+                raise Violation(f"rank {rank.number} leaves with {action}, another with {told}")
         if action.digest is not None:
             attempt = action.digest.removeprefix("seal of ")
             if self.seals.get(attempt) != rank.step or machine.gate.started != rank.step:

@@ -25,13 +25,18 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Ranks `ranks` crash, are cut off for `lasts_s`, or are falsely given up by `by`."""
+    """Ranks `ranks` crash, are cut off for `lasts_s`, or are falsely given up by `by`.
+
+    With `takes_saver` the whole node dies: its saver, and messages that are under way. A crash
+    with `sends` comes when the rank has sent so many messages of that type, in a broadcast perhaps.
+    """
 
     at_s: float
     ranks: tuple[int, ...]
     lasts_s: float = 0.0
     by: int = -1
     takes_saver: bool = False
+    sends: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,8 @@ def _faults(rng: random.Random, kind: Kind, size: int, span_s: float) -> tuple[F
     if kind == "crash":
         count = rng.choice((1, 1, 1, 2))
         victims = [0 if rng.random() < 0.4 else rng.randrange(size) for _ in range(count)]
-        return tuple(Fault(rng.uniform(0, 1.3 * span_s), (rank,), takes_saver=rng.random() < 0.4)
+        return tuple(Fault(rng.uniform(0, 1.3 * span_s), (rank,), takes_saver=rng.random() < 0.4,
+                           sends=_moment(rng) if rng.random() < 0.5 else None)
                      for rank in victims)  # fmt: skip
     if kind == "split":
         away = tuple(rng.sample(range(size), rng.randint(1, size - 1)))
@@ -115,3 +121,8 @@ def _faults(rng: random.Random, kind: Kind, size: int, span_s: float) -> tuple[F
             one, other = max(one, 1), 0
         return (Fault(rng.uniform(0, span_s), (other,), by=one),) if one != other else ()
     return ()
+
+
+def _moment(rng: random.Random) -> tuple[str, int]:
+    kinds = ("Prepare", "Decide", "Outcome", "Leave", "Report", "Fence", "Status", "Closed")
+    return rng.choice(kinds), rng.randint(1, 6)

@@ -45,6 +45,7 @@ class Rank:
         self.timer_at: float | None = None
         self.down: set[int] = set()
         self.saver_dies_at: float | None = None
+        self.mail_lost_from: float | None = None
         self.copying: dict[int, Cut] = {}
 
 
@@ -65,6 +66,7 @@ class World:
         self._last: dict[tuple[int, int], float] = {}
         self._entered: dict[int, set[int]] = {}
         self._split: Fault | None = None
+        self._fuses: dict[tuple[int, str], list[Any]] = {}
 
     def run(self) -> None:
         """Play the schedule to its end; raises Violation."""
@@ -78,7 +80,10 @@ class World:
         for ask in self.scenario.asks:
             self.at(ask.at_s, self._ask, ask)
         for fault in self.scenario.faults:
-            self.at(fault.at_s, self._break, fault)
+            if fault.sends is None:
+                self.at(fault.at_s, self._break, fault)
+            else:
+                self._fuses[fault.ranks[0], fault.sends[0]] = [fault.sends[1], fault]
         while self._events and self.now < HORIZON_S:
             self.now, _, happen, args = heapq.heappop(self._events)
             happen(*args)
@@ -157,6 +162,7 @@ class World:
             rank = self.ranks[fault.ranks[0]]
             if fault.takes_saver:
                 rank.saver_dies_at = self.now
+                rank.mail_lost_from = self.now + self._delay()
             self._exit(rank)
         elif kind == "suspicion":
             one, other = self.ranks[fault.by], self.ranks[fault.ranks[0]]
@@ -169,6 +175,13 @@ class World:
                     if self._is_cut(observer, lost):
                         seconds = self.scenario.peer_timeout_s * self.rng.uniform(1.0, 1.3)
                         self.after(seconds, self._peer_down, self.ranks[observer], lost, "silent")
+
+    def _burn(self, rank: Rank, kind: str) -> None:
+        fuse = self._fuses.get((rank.number, kind)) if self._fuses else None
+        if fuse is not None:
+            fuse[0] -= 1
+            if fuse[0] == 0:
+                self._break(fuse[1])
 
     def _is_cut(self, one: int, other: int) -> bool:
         split = self._split
@@ -222,6 +235,9 @@ class World:
     def _deliver(self, rank: Rank, sender: int, term: Term, message: Message) -> None:
         if not rank.is_alive or sender in rank.down:
             return
+        lost_from = self.ranks[sender].mail_lost_from
+        if lost_from is not None and self.now > lost_from:
+            return
         if self.is_encoded:
             term, message = decode(encode(term, message), source=f"rank {sender}")
         self.act(rank, rank.machine.receive(sender, term, message, self.now))
@@ -231,8 +247,11 @@ class World:
     def act(self, rank: Rank, actions: list[Action]) -> None:
         """Do what a machine asks for, as the control thread does, then let the gate be tried."""
         for action in actions:
+            if not rank.is_alive:
+                return
             if isinstance(action, Send):
                 self._send(rank, action)
+                self._burn(rank, type(action.message).__name__)
             elif isinstance(action, Capture):
                 self._capture(rank, action.cut)
             elif isinstance(action, Settled):
@@ -249,8 +268,9 @@ class World:
                 self.after(0.001, self._exit, rank)
             elif isinstance(action, PeerLost):
                 self.judge.has_loss = True
-        self._try_gate(rank)
-        self._arm(rank)
+        if rank.is_alive:
+            self._try_gate(rank)
+            self._arm(rank)
 
     def _arm(self, rank: Rank) -> None:
         wake = rank.machine.wake()
