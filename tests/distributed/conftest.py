@@ -57,3 +57,14 @@ def references(
         finished = launch.finish()
     assert finished.returncode == 0, finished.output[-6000:]
     yield References(folder, finished)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of 2 ranks at ZeRO stage 2, after 5 and after 10 steps; copy before use."""
+    job = Job(tmp_path_factory.mktemp("trained"), 2, {"interval": {"steps": 5, "seconds": None}})
+    with job.start(2, steps=10) as launch:
+        finished = launch.finish()
+    assert finished.returncode == 0, finished.output[-6000:]
+    assert job.sealed() == [10, 5]
+    return job.path
