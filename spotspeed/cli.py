@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from spotspeed import __version__
+from spotspeed import __version__, cli_exchange
 from spotspeed.checkpoint.catalog import CheckpointInfo, find, scan
 from spotspeed.checkpoint.gc import collect
 from spotspeed.checkpoint.opened import OpenedCheckpoint
@@ -173,6 +173,9 @@ def gc(
     for removal in done.removals:
         console.print(f"{word} {removal.directory}: {removal.reason}")
     console.print(f"{word} {len(done.removals)} directories, {_size(done.size_bytes)}")
+
+
+cli_exchange.register(app, _reported)
 
 
 def main() -> None:

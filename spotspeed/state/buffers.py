@@ -166,6 +166,15 @@ class Buffers:
         )
 
 
+def transient_buffers(module: torch.nn.Module) -> list[str]:
+    """Names of the buffers that are no part of the module's `state_dict`."""
+    return sorted(
+        f"{prefix}.{key}" if prefix else key
+        for prefix, part in module.named_modules()
+        for key in part._non_persistent_buffers_set
+    )
+
+
 _NOTHING = BufferCopy((), (), None)
 
 

@@ -11,6 +11,7 @@ import torch
 from spotspeed.core.layout import StoredTensor, TensorKey
 from spotspeed.errors import CaptureError, UnsupportedLayoutError
 from spotspeed.state.bf16 import Bf16Layout
+from spotspeed.state.buffers import transient_buffers
 from spotspeed.state.capture import expected_bytes, live_pieces, underived_pieces
 from spotspeed.state.fit import ALL, Wanted, check_optimizer, check_parameters
 from spotspeed.state.fp16_fused import FusedLayout
@@ -208,6 +209,7 @@ class EngineState:
             },
             "groups": self.group_names(),
             "aliases": self.aliases(),
+            "transient_buffers": transient_buffers(self._engine.module),
         }
 
     def aliases(self) -> dict[str, str]:

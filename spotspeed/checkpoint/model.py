@@ -1,0 +1,89 @@
+"""What a checkpoint says of the model it is of: parameters, ties and buffers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spotspeed.checkpoint.reader import CheckpointReader
+from spotspeed.core import plain
+from spotspeed.core.layout import (
+    KIND_BLOB,
+    KIND_BUFFER,
+    KIND_MASTER,
+    KIND_WEIGHT,
+    StoredTensor,
+    TensorKey,
+)
+from spotspeed.errors import FormatError
+
+_JOB = TensorKey(KIND_BLOB, "job")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of the module's state: where its numbers are stored, and its own dtype.
+
+    `source` is the master, the frozen weight or the buffer; None for a tensor without elements.
+    `dtype` is what the module keeps it in. `overrides` are stored runs of elements that are not
+    the rounded master, by their first element.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    source: TensorKey | None
+    overrides: Mapping[int, TensorKey]
+    is_buffer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The module whose training state a checkpoint holds."""
+
+    weights: tuple[Weight, ...]
+    aliases: Mapping[str, str]
+    """Further names of tied parameters, with the name in `weights`."""
+    job: Mapping[str, Any]
+    """The job's plain data, not converted to torch's types."""
+
+
+def read_model(reader: CheckpointReader) -> Model:
+    """The module's parameters in its own order, then its persistent buffers (those of rank 0).
+
+    Raises FormatError when the checkpoint does not describe its model, or contradicts itself.
+    """
+    ticket = reader.manifest.ticket
+    job = plain.decode(reader.blob(_JOB), source=f"{ticket.directory}: job")
+    model = job.get("model") if isinstance(job, dict) else None
+    try:
+        parameters, aliases = dict(model["parameters"]), dict(model["aliases"])  # type: ignore[index]
+        transient = frozenset(model.get("transient_buffers", ()))  # type: ignore[union-attr]
+        weights = [_parameter(reader.tensors(), name, said) for name, said in parameters.items()]
+    except (TypeError, KeyError, ValueError) as error:
+        raise FormatError(
+            f"{ticket.directory}: the job's description of its model is missing or incomplete "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    for key, stored in sorted(reader.tensors().items()):
+        if key.kind == KIND_BUFFER and key.scope == "rank-0" and key.name not in transient:
+            weights.append(Weight(key.name, stored.shape, stored.dtype, key, {}, is_buffer=True))
+    return Model(tuple(weights), aliases, job)
+
+
+def _parameter(
+    tensors: Mapping[TensorKey, StoredTensor], name: str, said: Mapping[str, Any]
+) -> Weight:
+    shape, dtype = tuple(said["shape"]), str(said["dtype"])
+    master, frozen = TensorKey(KIND_MASTER, name), TensorKey(KIND_WEIGHT, name)
+    source = next((key for key in (master, frozen) if key in tensors), None)
+    if source is None and 0 not in shape:
+        raise FormatError(f"parameter {name} of shape {shape} is described but not stored")
+    if source is not None and tensors[source].shape != shape:
+        raise FormatError(f"{source}: stored as {tensors[source].shape}, described as {shape}")
+    overrides = {
+        int(key.scope.split("-")[1]): key for key in tensors
+        if key.kind == KIND_WEIGHT and key.name == name and key.scope.startswith("elements-")
+    }  # fmt: skip
+    return Weight(name, shape, dtype, source, overrides)
