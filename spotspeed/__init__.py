@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from spotspeed.state.batch import explain_batches
 
 if TYPE_CHECKING:
+    from spotspeed.api import async_save, load, save
+    from spotspeed.checkpoint.catalog import CheckpointInfo
     from spotspeed.checkpoint.opened import OpenedCheckpoint, list_checkpoints, open_checkpoint
     from spotspeed.checkpoint.queue import SaveHandle
     from spotspeed.checkpoint.restore import Restored
@@ -23,29 +25,37 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CheckpointInfo": "spotspeed.checkpoint.catalog",
     "Checkpointer": "spotspeed.checkpointer",
     "OpenedCheckpoint": "spotspeed.checkpoint.opened",
     "Restored": "spotspeed.checkpoint.restore",
     "SaveHandle": "spotspeed.checkpoint.queue",
     "SpotSpeedError": "spotspeed.errors",
+    "async_save": "spotspeed.api",
     "attach": "spotspeed.checkpointer",
     "install": "spotspeed.launch",
     "list_checkpoints": "spotspeed.checkpoint.opened",
     "open_checkpoint": "spotspeed.checkpoint.opened",
+    "load": "spotspeed.api",
+    "save": "spotspeed.api",
     "worker_init_fn": "spotspeed.state.workers",
 }
 
 __all__ = [
+    "CheckpointInfo",
     "Checkpointer",
     "OpenedCheckpoint",
     "Restored",
     "SaveHandle",
     "SpotSpeedError",
     "__version__",
+    "async_save",
     "attach",
     "install",
     "list_checkpoints",
+    "load",
     "open_checkpoint",
+    "save",
     "worker_init_fn",
 ]
 

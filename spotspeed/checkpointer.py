@@ -6,18 +6,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from spotspeed import events
-from spotspeed.checkpoint.agreement import share_all
+from spotspeed import dropin, events
+from spotspeed.checkpoint.agreement import Exchange
+from spotspeed.checkpoint.named import NamedSave
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
+from spotspeed.checkpoint.register import SaveRegister
 from spotspeed.checkpoint.restore import Restored, Seat, restore_agreed
 from spotspeed.checkpoint.save import begin_save, share_bytes
 from spotspeed.checkpoint.session import Session, open_session
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import Cut, GateVerdict
-from spotspeed.core.manifest import Ticket
+from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.errors import ConfigError, SpotSpeedError
 from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch, watch_refusals
 from spotspeed.state import boundary, loader_guard
@@ -27,6 +29,7 @@ from spotspeed.state.loader import engine_sampler, ordered_loader
 from spotspeed.state.provider import provider_for
 from spotspeed.state.small import SmallState
 from spotspeed.state.workers import DEFAULT_SIGNALS
+from spotspeed.storage.contract import Storage
 from spotspeed.supervised import tell
 
 CLOSE_TIMEOUT_S = 1800.0
@@ -41,20 +44,23 @@ class Checkpointer:
     Made by `attach`. All public methods belong to the main thread.
     """
 
-    def __init__(self, engine: Engine, config: SpotSpeedConfig, loader: Any = None) -> None:
+    def __init__(self, engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
+                 is_implicit: bool = False) -> None:  # fmt: skip
+        """`is_implicit`: nobody attached it, so nothing is saved that was not asked for."""
         self.engine, self.config, self.loader = engine, config, loader
+        self.is_implicit = is_implicit
         self.rank, self.world_size = rank_of(engine), world_size_of(engine)
         self._provider = provider_for(engine)
         self._small = SmallState(engine, self._provider.group_names)
         self._lock = threading.Lock()
-        self._handles: dict[tuple[int, str], SaveHandle] = {}
         self._captures: dict[int, SaveHandle] = {}
         self._restored: Restored | None = None
         self._outcome: tuple[Cut, str | None, str] | None = None
-        self._has_restored = self._is_started = self._is_closed = False
+        self._has_restored = self._is_started = self._is_closed = self._is_changing = False
         self._save_began = time.monotonic()
         self._session: Session = open_session(config, self.rank, self.world_size, listener=self)
         self._saves = SaveQueue(self._begin)
+        self._register = SaveRegister(self._saves)
         self._exit = ExitWatch(self._close_at_exit)
         self._binding = boundary.bind(engine, self)
         self._binding.watches_forward = True
@@ -76,10 +82,8 @@ class Checkpointer:
         """
         if self._is_started:
             raise ConfigError("restore() must come before the first step")
-        seat = Seat(self.rank, self.world_size, self._session.coordinator.exchange,
-                    self._provider, self._small)  # fmt: skip
         try:
-            self._restored = restore_agreed(self._session.storage, seat, tag=tag)
+            self._restored = restore_agreed(self.storage, self.seat, tag=tag)
         except SpotSpeedError:
             # What is in the engine now is no state of the run: nothing of it may be saved.
             self._detach()
@@ -117,6 +121,57 @@ class Checkpointer:
         step = int(self.engine.global_steps)
         return self._submit(step, f"x{tag or step}", tag or f"step-{step}", "explicit")
 
+    def save_named(
+        self, named: NamedSave, finish: Callable[[Manifest], Manifest] | None = None
+    ) -> SaveHandle:
+        """Save the state as it is now; every rank calls it, in the same order.
+
+        `finish` runs when it is sealed, and before the handle's `upload_completion` resolves.
+        """
+        self._start()
+        step = int(self.engine.global_steps)
+        if self.engine.micro_steps % self.engine.gradient_accumulation_steps() == 0:
+            self._small.record()
+        handle = self._submit(step, self._register.name(step, named), named.tag, "explicit")
+        return handle if finish is None else self._register.then(handle, finish)
+
+    def load(self, storage: Storage, seat: Seat, name: str | None) -> Restored | None:
+        """As `restore`, at any time between two steps; saves in flight are finished first.
+
+        `name` is a tag or directory in `storage`; `seat` is this one or asks for less.
+        """
+        self.begin_change()
+        restored = restore_agreed(storage, seat, tag=name)
+        if restored is not None and seat.is_whole and storage.url == self.storage.url:
+            self._restored = restored
+            self._session.record_restored(self._restored)
+            self._has_restored = True
+        self._start()
+        return restored
+
+    def begin_change(self) -> None:
+        """The state is about to be replaced: what comes after is the next epoch's."""
+        self._saves.close_window(CLOSE_TIMEOUT_S)
+        self._register.settle(CLOSE_TIMEOUT_S)
+        self._is_changing, self._restored = True, None
+        self._register.forget()
+        if self._is_started:
+            self._session.begin_epoch()
+        self._has_restored = self._is_started = False
+        self._binding.watches_forward = True
+
+    @property
+    def storage(self) -> Storage:
+        return self._session.storage
+
+    @property
+    def seat(self) -> Seat:
+        return Seat(self.rank, self.world_size, self.exchange, self._provider, self._small)
+
+    @property
+    def exchange(self) -> Exchange:
+        return self._session.coordinator.exchange
+
     def request_save(self) -> None:
         """Ask all ranks to save the same step, soon; from any rank and any thread."""
         self._save_began = time.monotonic()
@@ -133,10 +188,9 @@ class Checkpointer:
         try:
             self._start()
             step = int(self.engine.global_steps)
-            last = None if self._has_everywhere(step) else self._final(step)
-            self._drop_hopeless()
-            for handle in self._saves.unfinished():
-                handle.upload_completion.exception(CLOSE_TIMEOUT_S)
+            last = None if self.is_implicit or self._has_everywhere(step) else self._final(step)
+            self._register.drop_hopeless(self.exchange)
+            self._register.settle(CLOSE_TIMEOUT_S)
             if last is not None:
                 last.wait(CLOSE_TIMEOUT_S)
             self._session.coordinator.close(CLOSE_TIMEOUT_S)
@@ -152,12 +206,12 @@ class Checkpointer:
         self._binding.watches_forward = False
 
     def on_save(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
-        """DeepSpeed's own save runs as it is."""
-        return boundary.PASS
+        """`engine.save_checkpoint`: saved here, with a marker where the caller wants it."""
+        return boundary.PASS if self.is_implicit else dropin.save(self, arguments)
 
     def on_load(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
-        """DeepSpeed's own load runs as it is."""
-        return boundary.PASS
+        """`engine.load_checkpoint`: what a marker names, else DeepSpeed's own files."""
+        return dropin.load(self, arguments)
 
     def before_update(self, engine: Any) -> None:
         """The next update begins only when nothing of the last step is still to be copied."""
@@ -191,6 +245,9 @@ class Checkpointer:
     def on_capture(self, cut: Cut) -> None:
         """State at `cut.step` is constant until the gate opens: save it, or join its save."""
         coordinator = self._session.coordinator
+        if self._is_changing:
+            coordinator.report_failed(cut.round, "the state is being replaced by a load")
+            return
         if self._restored is not None and cut.step == self._restored.step:
             coordinator.report_staged(cut.round)
             coordinator.report_durable(cut.round, self._restored.digest)
@@ -245,6 +302,7 @@ class Checkpointer:
                 self._session.record_restored(None)
             self._small.record()
             self._session.coordinator.start(int(self.engine.global_steps))
+            self._is_changing = False
 
     def _is_on_grid(self, step: int) -> bool:
         """Whether every rank saves at this step of its own accord."""
@@ -257,27 +315,16 @@ class Checkpointer:
         return seconds is not None and time.monotonic() - self._save_began >= seconds
 
     def _submit(self, step: int, attempt: str, tag: str, reason: str) -> SaveHandle:
-        """The save of `step` named `attempt`: a new one, or the one that already has this name.
-
-        The name decides alone, so that all ranks join the same saves whatever happened first.
-        """
-        with self._lock:
-            known = self._handles.get((step, attempt))
-            if known is not None:
-                return known
+        """The save of `step` named `attempt`: a new one, or the one that already has this name."""
+        restored_from = self._restored.directory if self._restored else None
+        handle, is_new = self._register.submit(
+            Ticket(self._session.epoch, step, attempt, tag, reason, self.world_size,
+                   int(time.time()), restored_from)
+        )  # fmt: skip
+        if is_new:
             self._save_began = time.monotonic()
-            restored_from = self._restored.directory if self._restored else None
-            handle = self._saves.submit(
-                Ticket(self._session.epoch, step, attempt, tag, reason, self.world_size,
-                       int(time.time()), restored_from)
-            )  # fmt: skip
-            self._handles = {
-                key: value for key, value in self._handles.items()
-                if key[0] == step or not value.upload_completion.done()
-            }  # fmt: skip
-            self._handles[step, attempt] = handle
             handle.upload_completion.add_done_callback(self._session.collect)
-            return handle
+        return handle
 
     def _final(self, step: int) -> SaveHandle:
         return self._submit(step, "final", f"step-{step}", "final")
@@ -285,28 +332,16 @@ class Checkpointer:
     def _begin(self, handle: SaveHandle) -> Any:
         """Describe and stage one save, on the queue's thread."""
         record = self._small.snapshot(handle.step)
-        sources = (self._provider, self._small, self._session.stager)
-        return begin_save(handle.ticket, rank=self.rank, sources=sources, record=record, extra={})
+        named = self._register.named(handle)
+        sources = (named.provider(self._provider), self._small, self._session.stager)
+        return begin_save(handle.ticket, rank=self.rank, sources=sources, record=record,
+                          extra=named.extra())  # fmt: skip
 
     def _has_everywhere(self, step: int) -> bool:
         """Whether some save of `step` is under way or durable on every rank."""
         if self._restored is not None and step == self._restored.step:
             return True
-        with self._lock:
-            mine = [attempt for (at, attempt), handle in self._handles.items()
-                    if at == step and not handle.has_failed]  # fmt: skip
-        known = share_all(self._session.coordinator.exchange, f"close-{step}", mine)
-        return bool(set.intersection(*map(set, known)))
-
-    def _drop_hopeless(self) -> None:
-        """Give up the saves that some rank has already lost: they can never be complete."""
-        with self._lock:
-            failed = [handle.ticket.directory for handle in self._handles.values()
-                      if handle.has_failed]  # fmt: skip
-        lost = set().union(*share_all(self._session.coordinator.exchange, "close-lost", failed))
-        for handle in self._saves.unfinished():
-            if handle.ticket.directory in lost:
-                handle.abandon("another rank has lost its part")
+        return self._register.has_everywhere(self.exchange, step)
 
     def _exit_code(self) -> int:
         is_durable = self._outcome is not None and self._outcome[1] is not None

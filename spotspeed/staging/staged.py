@@ -118,7 +118,7 @@ class StagedSave:
             layout, sent = self._layout, self._sent
         if layout is None:
             return 0
-        return sum(chunk.size_bytes for chunk in layout.chunks[:sent])
+        return min(self.size_bytes, sum(chunk.size_bytes for chunk in layout.chunks[:sent]))
 
     @property
     def is_over(self) -> bool:

@@ -1,0 +1,156 @@
+"""Save and load any engine with one call: asynchronous or not, with or without a config block.
+
+    handle = spotspeed.async_save(engine, "/shared/checkpoints/run-7", client_state={"epoch": 3})
+    ...                                   # train on; the next update waits for the copy alone
+    handle.wait()                         # durable
+    restored = spotspeed.load(engine, "/shared/checkpoints/run-7")
+
+With a "spotspeed" block in the config, checkpoints live at the block's `path`, and a `path` given
+here gets markers, as with `engine.save_checkpoint`. Without a block, `path` is where they live; it
+belongs to this job until the engine is destroyed or the process ends, and one engine has one such
+path at a time: another path waits until all is durable at the one before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from spotspeed import dropin
+from spotspeed.checkpoint.catalog import CheckpointInfo, describe
+from spotspeed.checkpoint.marker import Marker
+from spotspeed.checkpoint.queue import SaveHandle
+from spotspeed.checkpoint.restore import Restored
+from spotspeed.checkpoint.session import absolute
+from spotspeed.checkpointer import Checkpointer, attach
+from spotspeed.config import IntervalConfig, NoticeConfig, SpotSpeedConfig
+from spotspeed.core.manifest import check_name
+from spotspeed.dropin import Request
+from spotspeed.errors import ConfigError, FormatError, ObjectNotFoundError, SpotSpeedError
+from spotspeed.state import boundary
+from spotspeed.state.engine import Engine, block_of
+
+Path = str | os.PathLike[str]
+
+
+def async_save(
+    engine: Engine,
+    path: Path | None = None,
+    tag: str | None = None,
+    client_state: Mapping[str, Any] | None = None,
+) -> SaveHandle:
+    """Save the training state as it is now; returns before a byte of it is copied.
+
+    Every rank calls it, between two calls of `engine.step()`; no collective of the training is
+    used. `tag` is "step-N" by default, or "global_stepN" where markers are written. `client_state`
+    is plain data with tensors and arrays, copied before this returns; rank 0's is kept. Several
+    saves may be in flight; they become durable in their order.
+
+    The handle's `staging_completion` and `upload_completion` are concurrent futures; the first
+    resolves when the tensors may be changed (`engine.step()` waits for that by itself), the second
+    when the checkpoint is durable.
+
+    Raises CaptureError naming the key path of what cannot be stored, ConfigError without a path or
+    for a tag that is no name, CoordinationError naming the ranks that do not call; the same on
+    every rank. What fails later comes out of the futures.
+    """
+    return _begin(_checkpointer_of(engine, path), path, tag, client_state)
+
+
+def save(
+    engine: Engine,
+    path: Path | None = None,
+    tag: str | None = None,
+    client_state: Mapping[str, Any] | None = None,
+) -> CheckpointInfo:
+    """As `async_save`, and wait until the checkpoint is durable: what was stored, on every rank.
+
+    Raises what went wrong on any rank, on every rank.
+    """
+    checkpointer = _checkpointer_of(engine, path)
+    handle = _begin(checkpointer, path, tag, client_state)
+    return describe(dropin.wait_all(checkpointer, handle))
+
+
+def load(engine: Engine, path: Path | None = None, tag: str | None = None) -> Restored:
+    """Fill the engine from the newest checkpoint at `path`, or from the one tagged `tag`.
+
+    Any number of ranks and any ZeRO stage may have written it. May be called at any time between
+    two steps, also after training has begun; saves in flight are finished first. `client_state` of
+    what is returned is what the save was given.
+
+    Raises ObjectNotFoundError when there is no such checkpoint, CorruptionError when none verifies,
+    ReshardError when it is of another model; the same on every rank.
+    """
+    _refuse_nothing(engine, path)
+    checkpointer = _checkpointer_of(engine, path)
+    folder = _folder_of(checkpointer, path)
+    if folder is None:
+        restored = checkpointer.load(checkpointer.storage, checkpointer.seat, tag)
+        if restored is None:
+            raise ObjectNotFoundError(f"{checkpointer.storage.url}: there is no checkpoint")
+        return restored
+    found = dropin.find(checkpointer, folder, tag)
+    if found["marker"] is None:
+        raise ObjectNotFoundError(
+            f"{folder}: there is no checkpoint {'' if tag is None else repr(tag)}; with a "
+            f'"spotspeed" block the checkpoints themselves are at {checkpointer.storage.url}'
+        )
+    return dropin.load_marked(checkpointer, Marker(**found["marker"]), {})
+
+
+def _begin(
+    checkpointer: Checkpointer,
+    path: Path | None,
+    tag: str | None,
+    client_state: Mapping[str, Any] | None,
+) -> SaveHandle:
+    folder, step = _folder_of(checkpointer, path), int(checkpointer.engine.global_steps)
+    if tag is None:
+        tag = f"step-{step}" if folder is None else f"global_step{step}"
+    try:
+        check_name("tag", tag)
+    except FormatError as error:
+        raise ConfigError(str(error)) from None
+    return dropin.begin(checkpointer, Request(folder, tag, client_state))
+
+
+def _folder_of(checkpointer: Checkpointer, path: Path | None) -> str | None:
+    """Where markers belong: None when `path` is the catalogue itself."""
+    wanted = None if path is None else absolute(os.fspath(path))
+    return None if wanted in (None, absolute(checkpointer.config.path)) else wanted
+
+
+def _refuse_nothing(engine: Engine, path: Path | None) -> None:
+    """Do not begin a catalogue in order to load from it."""
+    if path is not None and boundary.binding_of(engine) is None and block_of(engine) is None:
+        where = absolute(os.fspath(path))
+        if "://" not in where and not os.path.isdir(where):
+            raise ObjectNotFoundError(f"{where}: there is no such directory, so no checkpoint")
+
+
+def _checkpointer_of(engine: Engine, path: Path | None) -> Checkpointer:
+    """The engine's checkpointer: attached, or made here; collective when it has to be made."""
+    binding = boundary.binding_of(engine)
+    found = None if binding is None else binding.hooks
+    if isinstance(found, Checkpointer):
+        if not found.is_implicit or _folder_of(found, path) is None:
+            return found
+        found.close()
+    if block_of(engine) is not None:
+        return attach(engine)
+    if path is None:
+        raise ConfigError(
+            'path: needed, because the DeepSpeed config has no "spotspeed" block that names one'
+        )
+    config = SpotSpeedConfig(
+        path=absolute(os.fspath(path)),
+        interval=IntervalConfig(seconds=None),
+        notice=NoticeConfig(signals=(), cloud="none"),
+    )
+    try:
+        return Checkpointer(engine, config, is_implicit=True)
+    except SpotSpeedError:
+        boundary.unbind(engine)
+        raise

@@ -1,0 +1,149 @@
+"""Marker files of drop-in saves: where the data of `<folder>/<tag>` is, and what it must hash to.
+
+    <folder>/<tag>/spotspeed.json      the marker: the store, the directory there, the digest
+    <folder>/latest                    the newest tag, as DeepSpeed writes it
+
+Frameworks look for these names; the data itself is in the job's catalogue. A marker is written
+after the seal, durably, so what a marker names was complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+
+from spotspeed.checkpoint.sealed import open_manifest, open_receipt, open_shard
+from spotspeed.core.lineage import place_of
+from spotspeed.core.manifest import MANIFEST_FILE, Manifest, canonical_json
+from spotspeed.errors import CorruptionError, FormatError, ObjectNotFoundError
+from spotspeed.storage import open_storage
+from spotspeed.storage.contract import Storage
+
+MARKER_FILE = "spotspeed.json"
+LATEST_FILE = "latest"
+MAX_MARKER_BYTES = 64 * 1024
+_FORMAT = "spotspeed-marker"
+_VERSION = 1
+_UNUSABLE = re.compile(r"[^A-Za-z0-9._+=-]|\.(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What stands in for a checkpoint in a directory of the user's."""
+
+    url: str
+    """The store that holds the checkpoint."""
+    directory: str
+    digest: str
+    """SHA-256 (hex) of the sealed manifest."""
+    step: int
+    tag: str
+
+
+def attempt_prefix(folder: str, tag: str) -> str:
+    """How the attempts of saves to `<folder>/<tag>` begin; no other save's attempt does."""
+    name = hashlib.sha256(f"{folder}\0{tag}".encode()).hexdigest()
+    return f"d{name[:16]}-"
+
+
+def usable_name(tag: str) -> str:
+    """`tag` with what a checkpoint's own tag may not contain replaced."""
+    name = _UNUSABLE.sub("_", tag)[:200]
+    return name if name[:1].isalnum() else f"t{name}"[:200]
+
+
+def read_marker(folder: Storage, tag: str) -> Marker | None:
+    """The marker of `tag`, or None when there is none; FormatError when it is damaged."""
+    key = f"{tag}/{MARKER_FILE}"
+    try:
+        data = folder.get(key, MAX_MARKER_BYTES)
+    except ObjectNotFoundError:
+        return None
+    try:
+        raw = json.loads(data)
+        if raw.pop("format") != _FORMAT or raw.pop("version") != _VERSION:
+            raise ValueError("another format or version")
+        marker = Marker(**raw)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{folder.url}/{key}: not a marker of a checkpoint: {error}") from error
+    texts = (marker.url, marker.directory, marker.digest, marker.tag)
+    if not all(isinstance(text, str) for text in texts) or place_of(marker.directory) is None:
+        raise FormatError(f"{folder.url}/{key}: does not name a checkpoint")
+    return marker
+
+
+def read_latest(folder: Storage) -> str | None:
+    """The tag that `latest` names, or None."""
+    try:
+        return folder.get(LATEST_FILE, MAX_MARKER_BYTES).decode().strip() or None
+    except ObjectNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{folder.url}/{LATEST_FILE}: not the name of a tag") from error
+
+
+def mark(
+    storage: Storage, manifest: Manifest, folder_path: str, tag: str, *, is_latest: bool
+) -> Manifest:
+    """Let `<folder_path>/<tag>` stand for the sealed `manifest`; durable on return.
+
+    A save of the same step and content is kept once: the one that was there before, which is then
+    returned. What the tag stood for until now is removed from `storage`, if it came from a save to
+    this very place: the tag has been written over.
+    """
+    folder = open_storage(folder_path)
+    before = _marked_before(folder, tag, storage)
+    if before is not None and _is_same_content(storage, before, manifest):
+        _remove(storage, manifest.ticket.directory)
+        manifest, before = before, None
+    else:
+        ticket = manifest.ticket
+        marker = Marker(storage.url, ticket.directory, manifest.digest, ticket.step, tag)
+        data = canonical_json({"format": _FORMAT, "version": _VERSION, **asdict(marker)})
+        folder.put(f"{tag}/{MARKER_FILE}", data + b"\n")
+    if is_latest:
+        folder.put(LATEST_FILE, tag.encode())
+    is_ours = before is not None and before.ticket.attempt.startswith(
+        attempt_prefix(folder_path, tag)
+    )
+    if before is not None and is_ours and before.ticket.directory != manifest.ticket.directory:
+        _remove(storage, before.ticket.directory)
+    return manifest
+
+
+def _marked_before(folder: Storage, tag: str, storage: Storage) -> Manifest | None:
+    """What the tag stood for until now, if it is sound and in `storage`."""
+    try:
+        marker = read_marker(folder, tag)
+        if marker is None or marker.url != storage.url:
+            return None
+        return open_manifest(storage, marker.directory, digest=marker.digest)
+    except (ObjectNotFoundError, CorruptionError):
+        return None
+
+
+def _is_same_content(storage: Storage, one: Manifest, other: Manifest) -> bool:
+    """Whether two checkpoints of one step hold the same bytes; their indexes tell."""
+    if (one.ticket.step, one.ticket.world_size) != (other.ticket.step, other.ticket.world_size):
+        return False
+    if one.ticket.directory == other.ticket.directory:
+        return False
+    ranks = range(one.ticket.world_size)
+    try:
+        return all(_content(storage, one, rank) == _content(storage, other, rank) for rank in ranks)
+    except (ObjectNotFoundError, CorruptionError):
+        return False
+
+
+def _content(storage: Storage, manifest: Manifest, rank: int) -> tuple[object, ...]:
+    index = open_shard(storage, open_receipt(storage, manifest, rank)).index
+    chunks = [(chunk.raw_offset, chunk.raw_size, chunk.raw_digest or chunk.stored_digest)
+              for chunk in index.chunks]  # fmt: skip
+    return index.entries, chunks
+
+
+def _remove(storage: Storage, directory: str) -> None:
+    storage.delete(f"{directory}/{MANIFEST_FILE}")
+    storage.delete_prefix(directory)

@@ -1,0 +1,204 @@
+"""`engine.save_checkpoint` and `engine.load_checkpoint` of an attached engine, answered here.
+
+Data goes to the catalogue at the block's `path`; the directory that the caller names gets markers
+(checkpoint/marker.py) and `latest`, which is what frameworks look for. Arguments, return values and
+the order of their evaluation are DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from spotspeed.checkpoint.agreement import Verdict, raise_first, share, share_all, vote
+from spotspeed.checkpoint.marker import (
+    LATEST_FILE,
+    MARKER_FILE,
+    Marker,
+    attempt_prefix,
+    mark,
+    read_latest,
+    read_marker,
+    usable_name,
+)
+from spotspeed.checkpoint.named import NamedSave, encode_client_state
+from spotspeed.checkpoint.session import absolute
+from spotspeed.core.manifest import Manifest
+from spotspeed.errors import ConfigError, CoordinationError, ObjectNotFoundError, SpotSpeedError
+from spotspeed.state import boundary
+from spotspeed.state.fit import Wanted
+from spotspeed.state.small import PARTS
+from spotspeed.storage import open_storage
+
+if TYPE_CHECKING:
+    from spotspeed.checkpoint.queue import SaveHandle
+    from spotspeed.checkpoint.restore import Restored
+    from spotspeed.checkpointer import Checkpointer
+
+_logger = logging.getLogger("spotspeed")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one save was asked for with; `folder` None keeps it in the catalogue alone."""
+
+    folder: str | None
+    tag: str
+    client_state: Mapping[str, Any] | None = None
+    is_latest: bool = True
+    excludes_frozen: bool = False
+
+
+def save(checkpointer: Checkpointer, arguments: Mapping[str, Any]) -> bool:
+    """`save_checkpoint`: returns True once the checkpoint and its markers are durable.
+
+    Raises ValueError for an empty `save_dir`, AssertionError for tags that differ between ranks
+    where the config says `checkpoint.tag_validation: Fail`, and what went wrong on any rank.
+    """
+    tag = arguments["tag"]
+    request = Request(
+        _folder("save_dir", arguments["save_dir"]),
+        f"global_step{checkpointer.engine.global_steps}" if tag is None else str(tag),
+        arguments["client_state"], bool(arguments["save_latest"]),
+        bool(arguments["exclude_frozen_parameters"]),
+    )  # fmt: skip
+    wait_all(checkpointer, begin(checkpointer, request))
+    return True
+
+
+def begin(checkpointer: Checkpointer, request: Request) -> SaveHandle:
+    """Begin a save that all ranks agree on; its handle resolves when the markers are durable."""
+    agreed, client_state = _agree(checkpointer, request)
+    folder, tag = agreed["folder"], agreed["tag"]
+    named = NamedSave(usable_name(tag), attempt_prefix(folder or "", tag), client_state,
+                      request.excludes_frozen)  # fmt: skip
+    if folder is None or checkpointer.rank != 0:
+        return checkpointer.save_named(named)
+
+    def finish(manifest: Manifest) -> Manifest:
+        return mark(checkpointer.storage, manifest, folder, tag, is_latest=request.is_latest)
+
+    return checkpointer.save_named(named, finish)
+
+
+def wait_all(checkpointer: Checkpointer, handle: SaveHandle) -> Manifest:
+    """Wait on every rank until `handle` is done everywhere; the same error on every rank."""
+    objection: SpotSpeedError | None = None
+    try:
+        handle.wait()
+    except SpotSpeedError as error:
+        objection = error
+    raise_first(vote(checkpointer.exchange, "saved", objection))
+    return handle.wait()
+
+
+def load(checkpointer: Checkpointer, arguments: Mapping[str, Any]) -> Any:
+    """`load_checkpoint`: (path, client_state); (None, None) when `latest` is asked for and absent.
+
+    PASS, so that DeepSpeed loads, when the tag has no marker. A marker whose checkpoint is damaged
+    or gone is an error on every rank, never (None, None).
+    """
+    engine, tag = checkpointer.engine, arguments["tag"]
+    folder = _folder("load_dir", arguments["load_dir"])
+    if engine.load_universal_checkpoint():
+        checkpointer.begin_change()
+        return boundary.PASS
+    found = find(checkpointer, folder, None if tag is None else str(tag))
+    if found["tag"] is None:
+        _logger.warning("%s has no file %r: nothing is loaded", folder, LATEST_FILE)
+        return None, None
+    if found["marker"] is None:
+        checkpointer.begin_change()
+        return boundary.PASS
+    if arguments["custom_load_fn"] is not None:
+        raise ConfigError(
+            "custom_load_fn is not supported for checkpoints of spotspeed: read the tensors that "
+            "you need with spotspeed.open_checkpoint(path).read(name, kind)"
+        )
+    restored = load_marked(checkpointer, Marker(**found["marker"]), arguments)
+    return os.path.join(folder, found["tag"], MARKER_FILE), restored.client_state
+
+
+def find(checkpointer: Checkpointer, folder: str, tag: str | None) -> dict[str, Any]:
+    """What rank 0 finds for `tag` (None: what `latest` names) in `folder`; the same on all ranks.
+
+    "tag" is None when there is no `latest`; "marker" is None when the tag has none.
+    """
+
+    def look() -> dict[str, Any]:
+        store = open_storage(folder)
+        name = read_latest(store) if tag is None else tag
+        marker = None if name is None else read_marker(store, name)
+        fields = None if marker is None else {
+            key: getattr(marker, key) for key in Marker.__dataclass_fields__
+        }  # fmt: skip
+        return {"tag": name, "marker": fields}
+
+    return share(checkpointer.exchange, "find-marker", checkpointer.rank, look)
+
+
+def load_marked(
+    checkpointer: Checkpointer, marker: Marker, arguments: Mapping[str, Any]
+) -> Restored:
+    """Load what `marker` names, as much of it as `arguments` (of load_checkpoint) ask for."""
+    is_module_only = bool(arguments.get("load_module_only", False))
+    optimizer = bool(arguments.get("load_optimizer_states", True)) and not is_module_only
+    schedule = bool(arguments.get("load_lr_scheduler_states", True))
+    parts = set() if is_module_only else set(PARTS)
+    if not optimizer:
+        parts -= {"groups", "scaler", "rng"}
+    if not schedule:
+        parts -= {"schedule"}
+    is_strict = bool(arguments.get("load_module_strict", True))
+    seat = replace(checkpointer.seat, wanted=Wanted(optimizer, is_strict), parts=frozenset(parts))
+    storage = checkpointer.storage
+    if marker.url != storage.url:
+        storage = open_storage(marker.url)
+    restored = checkpointer.load(storage, seat, marker.directory)
+    if restored is None:
+        raise ObjectNotFoundError(f"{marker.url}/{marker.directory} is gone")
+    return restored
+
+
+def _agree(checkpointer: Checkpointer, request: Request) -> tuple[dict[str, Any], bytes]:
+    """The same request on every rank, rank 0's; and, on rank 0, the encoded client state."""
+    client_state, error, text = b"", "", ""
+    if checkpointer.rank == 0:
+        try:
+            client_state = encode_client_state(request.client_state)
+        except SpotSpeedError as refusal:
+            error, text = type(refusal).__name__, str(refusal)
+    mine = {"tag": request.tag, "folder": request.folder, "error": error, "text": text,
+            "step": int(checkpointer.engine.global_steps)}  # fmt: skip
+    answers = share_all(checkpointer.exchange, "save-as", mine)
+    if answers[0]["error"]:
+        raise Verdict(0, answers[0]["error"], "").kind(answers[0]["text"])
+    steps = [answer["step"] for answer in answers]
+    if len(set(steps)) > 1:
+        raise CoordinationError(f"the ranks ask for a save at different steps: {steps[:16]}")
+    _validate_tags(checkpointer, [answer["tag"] for answer in answers])
+    return answers[0], client_state
+
+
+def _validate_tags(checkpointer: Checkpointer, tags: Sequence[str]) -> None:
+    """DeepSpeed's `checkpoint.tag_validation`: Ignore, Warn or Fail; rank 0's tag is taken."""
+    engine = checkpointer.engine
+    mine = tags[checkpointer.rank]
+    if len(set(tags)) == 1 or not engine.checkpoint_tag_validation_enabled():
+        return
+    message = (
+        f"[rank={checkpointer.rank}] The checkpoint tag name {mine!r} is not consistent across all "
+        f"ranks: rank 0 has {tags[0]!r}. Give every rank the same tag"
+    )
+    if engine.checkpoint_tag_validation_fail():
+        raise AssertionError(message)
+    _logger.warning("%s", message)
+
+
+def _folder(name: str, value: Any) -> str:
+    if not value:
+        raise ValueError(f"{name} must be a non-empty string, got {value!r}")
+    return absolute(os.fspath(value))
