@@ -142,7 +142,7 @@ class Restore:
         is_same = is_same_dtype(key, item, live.dtype)
         if live.is_contiguous():
             live = run_of(flat_elements(live), slot.offset, slot.interval)
-        if is_same and live.is_contiguous() and live.device.type == "cpu":
+        if is_same and live.is_contiguous():
             elements = live.view(-1)
         else:
             elements = torch.empty(slot.interval.count, dtype=dtype_of(item.dtype))
