@@ -128,7 +128,8 @@ class Job:
 
     def deepspeed(self) -> tuple[float, float, list[float]]:
         began = time.perf_counter()
-        self.engine.save_checkpoint(str(self.folder / "deepspeed"), tag=f"r{self.written}")
+        original = type(self.engine).save_checkpoint.__wrapped__
+        original(self.engine, str(self.folder / "deepspeed"), tag=f"r{self.written}")
         took = time.perf_counter() - began
         return took, took, []
 
