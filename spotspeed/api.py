@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from spotspeed import dropin
+from spotspeed.checkpoint.agreement import share
 from spotspeed.checkpoint.catalog import CheckpointInfo, describe
 from spotspeed.checkpoint.marker import Marker
 from spotspeed.checkpoint.queue import SaveHandle
@@ -69,8 +71,10 @@ def save(
     Raises what went wrong on any rank, on every rank.
     """
     checkpointer = _checkpointer_of(engine, path)
-    handle = _begin(checkpointer, path, tag, client_state)
-    return describe(dropin.wait_all(checkpointer, handle))
+    stored = describe(dropin.wait_all(checkpointer, _begin(checkpointer, path, tag, client_state)))
+    # Rank 0 knows whether the same content was there before, and which of the two is kept.
+    answer = share(checkpointer.exchange, "saved-as", checkpointer.rank, lambda: asdict(stored))
+    return CheckpointInfo(**answer)
 
 
 def load(engine: Engine, path: Path | None = None, tag: str | None = None) -> Restored:

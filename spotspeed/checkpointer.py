@@ -151,9 +151,11 @@ class Checkpointer:
 
     def begin_change(self) -> None:
         """The state is about to be replaced: what comes after is the next epoch's."""
+        with self._lock:
+            self._is_changing, self._restored = True, None
         self._saves.close_window(CLOSE_TIMEOUT_S)
+        self._register.drop_hopeless(self.exchange)
         self._register.settle(CLOSE_TIMEOUT_S)
-        self._is_changing, self._restored = True, None
         self._register.forget()
         if self._is_started:
             self._session.begin_epoch()
@@ -245,18 +247,19 @@ class Checkpointer:
     def on_capture(self, cut: Cut) -> None:
         """State at `cut.step` is constant until the gate opens: save it, or join its save."""
         coordinator = self._session.coordinator
-        if self._is_changing:
-            coordinator.report_failed(cut.round, "the state is being replaced by a load")
-            return
         if self._restored is not None and cut.step == self._restored.step:
             coordinator.report_staged(cut.round)
             coordinator.report_durable(cut.round, self._restored.digest)
             return
+        attempt, reason = cut.attempt, "notice" if cut.stop else "periodic"
         if self._is_on_grid(cut.step):
-            handle = self._submit(cut.step, "p", f"step-{cut.step}", "periodic")
-        else:
-            reason = "notice" if cut.stop else "periodic"
-            handle = self._submit(cut.step, cut.attempt, f"step-{cut.step}", reason)
+            attempt, reason = "p", "periodic"
+        with self._lock:
+            handle = None if self._is_changing else self._captures.setdefault(
+                cut.round, self._submit(cut.step, attempt, f"step-{cut.step}", reason)
+            )  # fmt: skip
+        if handle is None:
+            return coordinator.report_failed(cut.round, "the state is being replaced by a load")
 
         def staged(future: Any) -> None:
             if future.exception() is None:
@@ -269,8 +272,6 @@ class Checkpointer:
             else:
                 coordinator.report_failed(cut.round, str(error))
 
-        with self._lock:
-            self._captures[cut.round] = handle
         handle.staging_completion.add_done_callback(staged)
         handle.upload_completion.add_done_callback(durable)
 

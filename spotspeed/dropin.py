@@ -7,8 +7,10 @@ the order of their evaluation are DeepSpeed's.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
     from spotspeed.checkpointer import Checkpointer
 
 _logger = logging.getLogger("spotspeed")
+_serials = itertools.count(1)
+"""Saves in the order in which this process was asked for them: markers only move forward."""
+_marking = threading.Lock()
+_marked: dict[tuple[str, str | None], int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +83,39 @@ def begin(checkpointer: Checkpointer, request: Request) -> SaveHandle:
                       request.excludes_frozen)  # fmt: skip
     if folder is None or checkpointer.rank != 0:
         return checkpointer.save_named(named)
+    serial = next(_serials)
 
     def finish(manifest: Manifest) -> Manifest:
-        return mark(checkpointer.storage, manifest, folder, tag, is_latest=request.is_latest)
+        with _marking:
+            if not _is_newest((folder, tag), serial):
+                return manifest
+            is_latest = request.is_latest and _is_newest((folder, None), serial)
+            return mark(checkpointer.storage, manifest, folder, tag, is_latest=is_latest)
 
     return checkpointer.save_named(named, finish)
 
 
+def _is_newest(place: tuple[str, str | None], serial: int) -> bool:
+    """Whether no later save of this process has been marked there; this one is, from now on."""
+    is_newest = _marked.get(place, 0) <= serial
+    if is_newest:
+        _marked[place] = serial
+    return is_newest
+
+
 def wait_all(checkpointer: Checkpointer, handle: SaveHandle) -> Manifest:
     """Wait on every rank until `handle` is done everywhere; the same error on every rank."""
-    objection: SpotSpeedError | None = None
-    try:
-        handle.wait()
-    except SpotSpeedError as error:
-        objection = error
-    raise_first(vote(checkpointer.exchange, "saved", objection))
+    # First each its own part, so that nobody waits for a seal that cannot come.
+    for label, future in (
+        ("stored", handle.stored_completion),
+        ("saved", handle.upload_completion),
+    ):
+        objection: SpotSpeedError | None = None
+        try:
+            future.result()
+        except SpotSpeedError as error:
+            objection = error
+        raise_first(vote(checkpointer.exchange, label, objection))
     return handle.wait()
 
 

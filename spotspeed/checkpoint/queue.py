@@ -42,6 +42,8 @@ class SaveHandle:
     ticket: Ticket
     staging_completion: Future[StagingFacts] = field(default_factory=Future)
     upload_completion: Future[Manifest] = field(default_factory=Future)
+    stored_completion: Future[None] = field(default_factory=Future, repr=False)
+    """Resolves when this rank's part is durable, whatever becomes of the others'."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _begun: threading.Event = field(default_factory=threading.Event, repr=False)
     _staged: StagedSave | None = field(default=None, repr=False)
@@ -74,7 +76,7 @@ class SaveHandle:
         return SaveProgress(
             total,
             0 if staged is None else staged.staged_bytes,
-            total if staged is not None and _is_fine(staged.stored_completion) else 0,
+            total if _is_fine(self.stored_completion) else 0,
             total if _is_fine(self.upload_completion) else 0,
         )
 
@@ -85,6 +87,7 @@ class SaveHandle:
         """
         outer = SaveHandle(self.ticket, _inner=self)
         _chain(self.staging_completion, outer.staging_completion)
+        _chain(self.stored_completion, outer.stored_completion)
 
         def run() -> None:
             try:
@@ -141,11 +144,12 @@ class SaveHandle:
                     self._fail(CaptureError(f"{self.ticket.directory}: {error!r}"))
         if self._staged is not None:
             _chain(self._staged.staging_completion, self.staging_completion)
+            _chain(self._staged.stored_completion, self.stored_completion)
             _chain(self._staged.upload_completion, self.upload_completion)
         self._begun.set()
 
     def _fail(self, error: SpotSpeedError) -> None:
-        for future in (self.staging_completion, self.upload_completion):
+        for future in (self.staging_completion, self.stored_completion, self.upload_completion):
             if not future.done():
                 future.set_exception(error)
         self._begun.set()

@@ -125,7 +125,8 @@ def binding_of(engine: Any) -> Binding | None:
 def on_new_engine(callback: Callable[[Any], None]) -> Callable[[], None]:
     """Call `callback` with every engine made from here on; returns how to stop that."""
     install_hooks()
-    _new_engine_callbacks.append(callback)
+    if callback not in _new_engine_callbacks:
+        _new_engine_callbacks.append(callback)
 
     def stop() -> None:
         if callback in _new_engine_callbacks:
