@@ -136,7 +136,7 @@ def open_session(
                           peer_timeout_s=config.coordinator.peer_timeout_s)  # fmt: skip
     coordinator = Coordinator(transport, config, listener)
     try:
-        storage = open_storage(absolute(config.path))
+        storage = _open_everywhere(config.path, coordinator.exchange)
         probe_one_place(storage, coordinator.exchange, rank)
         hosts = share_all(coordinator.exchange, "host", this_process().boot_id)
         stager = Stager(storage.url, config, rank, local_world_size=hosts.count(hosts[rank]),
@@ -153,6 +153,18 @@ def open_session(
     if rank == hosts.index(hosts[rank]):
         session.watch(config.notice)
     return session
+
+
+def _open_everywhere(path: str, exchange: Exchange) -> Storage:
+    """The store at `path`; the first rank's error on every rank when some rank cannot open it."""
+    storage, objection = None, None
+    try:
+        storage = open_storage(absolute(path))
+    except SpotSpeedError as error:
+        objection = error
+    raise_first(vote(exchange, "path-open", objection))
+    assert storage is not None
+    return storage
 
 
 def _claim(
