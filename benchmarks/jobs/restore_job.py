@@ -1,0 +1,142 @@
+"""The ranks of restore.py: write one state both ways, or load it again and again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import distributed, nn
+
+import spotspeed
+from spotspeed import events
+from spotspeed.checkpoint.restore import Seat, restore_agreed
+
+STEPS = 2
+
+
+def make_engine(options: argparse.Namespace, *, with_block: bool) -> Any:
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        *(nn.Linear(options.width, options.width) for _ in range(options.layers))
+    )
+    block = {"spotspeed": {"path": str(Path(options.folder) / "spotspeed"),
+                           "interval": {"seconds": None}}}  # fmt: skip
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "steps_per_print": 10**9,
+        "zero_optimization": {"stage": options.stage},
+        "checkpoint": {"load_universal": options.universal},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        **(block if with_block else {}),
+    }  # fmt: skip
+    return deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config
+    )[0]
+
+
+def step(engine: Any, width: int) -> None:
+    engine.backward(engine(torch.ones(1, width).bfloat16()).float().pow(2).mean())
+    engine.step()
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of `call`, begun by all ranks together, until the slowest has ended."""
+    distributed.barrier()
+    began = time.perf_counter()
+    call()
+    distributed.barrier()
+    return time.perf_counter() - began
+
+
+def bytes_asked() -> int:
+    """Bytes that this process has asked the kernel to read, from cache or disk."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("rchar:"):
+            return int(line.split()[1])
+    raise ValueError("/proc/self/io has no rchar")
+
+
+def write(options: argparse.Namespace, engine: Any) -> dict[str, Any]:
+    checkpointer = spotspeed.attach(engine)
+    for _ in range(STEPS):
+        step(engine, options.width)
+    type(engine).save_checkpoint.__wrapped__(
+        engine, str(Path(options.folder) / "deepspeed"), tag="all"
+    )
+    checkpointer.save("all").wait(300)
+    checkpointer.close()
+    return {}
+
+
+def load(options: argparse.Namespace, engine: Any) -> dict[str, Any]:
+    """Ours from the launch on, then both in turn."""
+    resumed: list[events.Resumed] = []
+    events.add_sink(lambda event: resumed.append(event)
+                    if isinstance(event, events.Resumed) else None)  # fmt: skip
+    made: list[Any] = []
+    attach_s = timed(lambda: made.append(spotspeed.attach(engine)))
+    checkpointer = made[0]
+    seat = Seat(checkpointer.rank, checkpointer.world_size,
+                checkpointer._session.coordinator.exchange, checkpointer._provider,
+                checkpointer._small)  # fmt: skip
+    asked = bytes_asked()
+    first_s = timed(lambda: restore_agreed(checkpointer._session.storage, seat))
+    asked = bytes_asked() - asked
+    needed = sum(piece.fragment.size_bytes for piece in checkpointer._provider.pieces())
+    original_load = type(engine).load_checkpoint.__wrapped__
+    ours, theirs = [], []
+    for number in range(options.rounds):
+        calls = [
+            lambda: ours.append(
+                timed(lambda: restore_agreed(checkpointer._session.storage, seat))
+            )
+        ]
+        if options.beside:
+            calls.append(lambda: theirs.append(timed(lambda: original_load(
+                engine, str(Path(options.folder) / "deepspeed"), tag="all"
+            ))))  # fmt: skip
+        for call in calls if number % 2 else calls[::-1]:
+            call()
+    answers: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(answers, {
+        "needed": needed, "asked": asked, "read": resumed[0].size_bytes,
+    })  # fmt: skip
+    checkpointer._detach()  # without the save that close() makes
+    return {"attach_s": attach_s, "first_s": first_s, "ours_s": ours, "theirs_s": theirs,
+            "bytes": answers}  # fmt: skip
+
+
+def load_universal(options: argparse.Namespace, engine: Any) -> dict[str, Any]:
+    folder = str(Path(options.folder) / "universal")
+    took = [timed(lambda: engine.load_checkpoint(folder, tag="all")) for _ in range(options.rounds)]
+    return {"theirs_s": took}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mode", choices=("write", "load", "load-universal"))
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--width", type=int, required=True)
+    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--stage", type=int, required=True)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--beside", action="store_true", help="DeepSpeed's own load in turn")
+    options = parser.parse_args()
+    options.universal = options.mode == "load-universal"
+    deepspeed.init_distributed("gloo", distributed_port=int(os.environ["MASTER_PORT"]))
+    engine = make_engine(options, with_block=not options.universal)
+    modes = {"write": write, "load": load, "load-universal": load_universal}
+    found = modes[options.mode](options, engine)
+    if distributed.get_rank() == 0:
+        Path(options.out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
