@@ -40,7 +40,7 @@ EXIT_DAMAGED = 1
 EXIT_FAILED = 3
 
 
-def _reported(command: Callable[P, None]) -> Callable[P, None]:
+def reported(command: Callable[P, None]) -> Callable[P, None]:
     """Errors of ours as one line on stderr and an exit code."""
 
     @wraps(command)
@@ -66,19 +66,19 @@ def root(version: Annotated[bool, typer.Option("--version")] = False) -> None:
 
 
 @app.command("list")
-@_reported
+@reported
 def list_(path: Path, as_json: Json = False) -> None:
     """The checkpoints at PATH, newest first, and what is unfinished or damaged there."""
     catalog = scan(open_storage(path))
     if as_json:
-        _print_json(asdict(catalog))
+        print_json(asdict(catalog))
         return
     table = Table()
     for name in ("tag", "step", "epoch", "why", "ranks", "size", "age"):
         table.add_column(name, justify="left" if name in ("tag", "why") else "right")
     for info in catalog.sealed:
         table.add_row(info.tag, str(info.step), str(info.epoch), info.reason,
-                      str(info.world_size), _size(info.size_bytes), _age(info))  # fmt: skip
+                      str(info.world_size), size_text(info.size_bytes), _age(info))  # fmt: skip
     console.print(table if catalog.sealed else "no sealed checkpoint")
     for info in catalog.off_lineage:
         console.print(f"off the lineage: {info.directory}")
@@ -89,7 +89,7 @@ def list_(path: Path, as_json: Json = False) -> None:
 
 
 @app.command()
-@_reported
+@reported
 def show(path: Path, tag: Tag = None, as_json: Json = False) -> None:
     """What one checkpoint holds: who wrote it, and every tensor by name."""
     storage = open_storage(path)
@@ -101,7 +101,7 @@ def show(path: Path, tag: Tag = None, as_json: Json = False) -> None:
         for key, stored in sorted(opened.reader.tensors().items())
     ]  # fmt: skip
     if as_json:
-        _print_json({**asdict(info), "tensors": tensors})
+        print_json({**asdict(info), "tensors": tensors})
         return
     for name, value in asdict(info).items():
         console.print(f"{name:16} {value}")
@@ -114,7 +114,7 @@ def show(path: Path, tag: Tag = None, as_json: Json = False) -> None:
 
 
 @app.command()
-@_reported
+@reported
 def verify(path: Path, tag: Tag = None, as_json: Json = False) -> None:
     """Read every byte of one checkpoint, or of all; exit 1 and name the files if any is damaged."""
     storage = open_storage(path)
@@ -124,7 +124,7 @@ def verify(path: Path, tag: Tag = None, as_json: Json = False) -> None:
     for damaged in () if tag else catalog.damaged:
         documents.append({"directory": damaged.directory, "damages": [damaged.cause]})
     for info in chosen:
-        with errors.status(f"reading {info.directory}, {_size(info.size_bytes)}"):
+        with errors.status(f"reading {info.directory}, {size_text(info.size_bytes)}"):
             began = time.monotonic()
             reader = CheckpointReader.open(storage, info.directory, digest=info.digest)
             report = reader.find_damage()
@@ -135,7 +135,7 @@ def verify(path: Path, tag: Tag = None, as_json: Json = False) -> None:
         })  # fmt: skip
     is_whole = not any(document["damages"] for document in documents)
     if as_json:
-        _print_json({"is_whole": is_whole, "checkpoints": documents})
+        print_json({"is_whole": is_whole, "checkpoints": documents})
     for document in () if as_json else documents:
         state = "[red]damaged[/red]" if document["damages"] else "[green]whole[/green]"
         console.print(f"{state} {document['directory']}")
@@ -148,7 +148,7 @@ def verify(path: Path, tag: Tag = None, as_json: Json = False) -> None:
 
 
 @app.command()
-@_reported
+@reported
 def gc(
     path: Path,
     keep_last: Annotated[int, typer.Option(min=1, help="Newest checkpoints that stay.")] = 3,
@@ -167,27 +167,29 @@ def gc(
     epoch = read_epochs(storage).newest
     done = collect(storage, Keep(keep_last, every_steps), epoch=epoch, dry_run=dry_run)
     if as_json:
-        _print_json({"dry_run": dry_run, **asdict(done)})
+        print_json({"dry_run": dry_run, **asdict(done)})
         return
     word = "would remove" if dry_run else "removed"
     for removal in done.removals:
         console.print(f"{word} {removal.directory}: {removal.reason}")
-    console.print(f"{word} {len(done.removals)} directories, {_size(done.size_bytes)}")
+    console.print(f"{word} {len(done.removals)} directories, {size_text(done.size_bytes)}")
 
 
-cli_exchange.register(app, _reported)
+cli_exchange.register(app, reported)
 
 
 def main() -> None:
     """Entry point of the `spotspeed` command."""
+    import spotspeed.cli_job  # noqa: F401  (registers its verbs, and needs this module first)
+
     app()
 
 
-def _print_json(document: Any) -> None:
+def print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
-def _size(size_bytes: int) -> str:
+def size_text(size_bytes: int) -> str:
     value, units = float(size_bytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))
     unit = next(units)
     while value >= 1024 and unit != "TiB":

@@ -1,0 +1,148 @@
+"""Watches one launch to its end: passes a notice on to its ranks, and clears up what stays."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from spotspeed.core.relaunch import Traces
+from spotspeed.supervised import heard
+from spotspeed.supervisor.ears import Ears
+from spotspeed.supervisor.launcher import FORWARDERS, Launch, launcher_name
+from spotspeed.supervisor.processes import Member, end_all, members, send
+
+LOOK_S = 0.2
+SLOW_LOOK_S = 2.0
+FORWARD_AFTER_S = 1.0
+"""A notice goes through the launcher when no rank has been found here for so long."""
+LINGER_S = 10.0
+"""How long a launcher may outlive its ranks, or ranks their launcher when nobody told them."""
+UNHEARD_S = 30.0
+"""How long ranks that have not attached yet may take to hear a notice."""
+KILL_GRACE_S = 5.0
+
+
+@dataclass(slots=True)
+class Told:
+    """What the ranks of a launch have said."""
+
+    epochs: dict[str, int] = field(default_factory=dict)
+    """Epoch of the launch, by the path of its checkpoints."""
+    attached: set[int] = field(default_factory=set)
+    closed: set[int] = field(default_factory=set)
+    codes: dict[int, int] = field(default_factory=dict)
+    """By process id."""
+
+    @classmethod
+    def read(cls, mark: str) -> Told:
+        """Everything so far."""
+        told = cls()
+        for facts in heard(mark):
+            pid = int(facts["pid"])
+            if "attached" in facts:
+                told.epochs[str(facts["path"])] = int(facts["epoch"])
+                told.attached.add(pid)
+            elif "closed" in facts:
+                told.closed.add(pid)
+            elif "code" in facts:
+                told.codes[pid] = int(facts["code"])
+        return told
+
+    def traces(self, launcher_code: int, *, is_notice_sealed: bool) -> Traces:
+        """The same for `core.relaunch.judge`."""
+        return Traces(launcher_code, tuple(self.codes.values()), len(self.attached),
+                      len(self.closed), is_notice_sealed)  # fmt: skip
+
+
+class Watch:
+    """One launch from its start until none of its processes is left on this machine."""
+
+    def __init__(
+        self, launch: Launch, command: Sequence[str], mark: str, *, ears: Ears, deadline_s: float,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._launch, self._mark, self._ears, self._say = launch, mark, ears, say
+        self._deadline_s = deadline_s
+        self._forwards = launcher_name(command) in FORWARDERS
+        self._members = partial(members, mark)
+        self._told: set[tuple[int, int]] = set()
+        self._noticed_at: float | None = None
+        self._alone_since: float | None = None
+        self._looked_at = 0.0
+        self._is_ending = False
+
+    def run(self) -> int:
+        """Watch to the end; returns the launcher's exit code."""
+        while (code := self._launch.poll()) is None:
+            self._ears.listen()
+            self._look(time.monotonic())
+        self._await_ranks()
+        return code
+
+    def _look(self, now: float) -> None:
+        """One look at a launch whose launcher runs."""
+        ears = self._ears
+        if self._noticed_at is None and ears.heard is not None:
+            self._noticed_at = now
+            left_s = ears.seconds_left
+            self._deadline_s = self._deadline_s if left_s is None else left_s
+            self._say(f"{ears.heard}: the ranks have {self._deadline_s:g} s to become durable")
+        if ears.is_urgent:
+            self._end("told to stop now", grace_s=0.0)
+            return
+        pause_s = SLOW_LOOK_S if self._noticed_at is None else LOOK_S
+        if now - self._looked_at < pause_s:
+            return
+        self._looked_at = now
+        found = self._members()
+        ranks = [member for member in found if member.is_rank]
+        if self._noticed_at is not None:
+            self._pass_on(ranks, now - self._noticed_at)
+        self._check_abandoned(bool(ranks), now)
+
+    def _pass_on(self, ranks: Sequence[Member], since_s: float) -> None:
+        """Tell every rank that listens by now; one of them is enough, the others are for speed."""
+        for member in ranks:
+            number = member.hears
+            key = (member.pid, member.ticks)
+            if number is not None and key not in self._told and send(member, number):
+                self._told.add(key)
+        if not self._told and self._forwards and not ranks and since_s > FORWARD_AFTER_S:
+            self._say("no rank runs on this machine: SIGUSR1 to the launcher")
+            self._launch.send(signal.SIGUSR1)
+            self._told.add((self._launch.pid, 0))
+        if since_s > self._deadline_s:
+            self._end("the time is over", grace_s=KILL_GRACE_S)
+        elif not self._told and since_s > UNHEARD_S:
+            self._end("no rank has listened", grace_s=KILL_GRACE_S)
+
+    def _check_abandoned(self, has_ranks: bool, now: float) -> None:
+        """A launcher that stays although its ranks have left is ended."""
+        if has_ranks or not Told.read(self._mark).codes:
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = now
+        elif now - self._alone_since > LINGER_S:
+            self._end("the ranks have left and the launcher stays", grace_s=KILL_GRACE_S)
+
+    def _end(self, why: str, *, grace_s: float) -> None:
+        if not self._is_ending:
+            self._is_ending = True
+            self._say(f"{why}: ending the launch")
+            end_all(self._members, grace_s=grace_s)
+
+    def _await_ranks(self) -> None:
+        """Ranks outlive a launcher that was killed: let them leave by themselves, for a while."""
+        began = time.monotonic()
+        while self._members():
+            self._ears.listen()
+            now = time.monotonic()
+            self._look(now)
+            limit_s = LINGER_S if self._noticed_at is None else self._deadline_s
+            if not self._is_ending and now - max(began, self._noticed_at or 0.0) > limit_s:
+                self._end("processes are left over", grace_s=KILL_GRACE_S)
+            if self._is_ending:
+                return
