@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Annotated
 
 import typer
 
-from spotspeed.cli import app, errors, reported
+from spotspeed.cli import Json, app, console, errors, print_json, reported
 from spotspeed.core.relaunch import Policy
+from spotspeed.supervisor.notifying import Told, notify, paths_here, wait_durable
 from spotspeed.supervisor.supervise import Plan, supervise
+from spotspeed.testing.metadata import MetadataService
+
+EXIT_NOT_DURABLE = 1
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -56,3 +65,71 @@ def parse_plan(words: list[str]) -> Plan:
 
 def _say(line: str) -> None:
     errors.print(f"spotspeed supervise: {line}", markup=False, soft_wrap=True)
+
+
+class Cloud(StrEnum):
+    """Clouds whose metadata service can be emulated."""
+
+    ec2 = "ec2"
+    gce = "gce"
+    azure = "azure"
+
+
+@app.command("notify")
+@reported
+def notify_(
+    path: Annotated[str | None, typer.Argument(help="Checkpoints of the job to tell.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every job of this user here.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when it is durable.")] = False,
+    deadline: Annotated[float | None, typer.Option(min=0.1, help="Seconds left.")] = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Longest --wait, in seconds.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Tell the job on this machine that the machine goes away; with --wait, exit 1 if not durable.
+
+    A Kubernetes preStop hook: `spotspeed notify --all --wait`.
+    """
+    if (path is None) is not all_:
+        raise typer.BadParameter("give either the PATH of one job or --all")
+    told = [notify(each, seconds_left=deadline) for each in ([path] if path else paths_here())]
+
+    def is_durable(job: Told) -> bool:
+        return wait_durable(job, timeout_s=timeout)
+
+    with ThreadPoolExecutor(max(1, len(told))) as pool:
+        durable = list(pool.map(is_durable, told)) if wait else [None] * len(told)
+    if as_json:
+        print_json([{**asdict(job), "is_durable": whole}
+                    for job, whole in zip(told, durable, strict=True)])  # fmt: skip
+    for job, whole in () if as_json else zip(told, durable, strict=True):
+        state = {None: "told", True: "durable", False: "[red]not durable[/red]"}[whole]
+        console.print(f"{state}: {job.path}, launch {job.epoch}", soft_wrap=True)
+    if not told:
+        errors.print("no job of this user on this machine")
+    if False in durable:
+        raise typer.Exit(EXIT_NOT_DURABLE)
+
+
+@app.command()
+@reported
+def emulate(
+    cloud: Annotated[Cloud, typer.Argument(help="Whose metadata service.")],
+    after: Annotated[float, typer.Option(min=0, help="Seconds until the notice.")] = 60.0,
+    left: Annotated[float, typer.Option(min=0, help="Seconds that the notice leaves.")] = 120.0,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
+    machine: Annotated[str, typer.Option(help="The VM's name (azure).")] = "trainer-0",
+) -> None:
+    """Serve a cloud's metadata with an interruption notice, for rehearsals, until interrupted.
+
+    The first lines on stdout are the environment that leads a job there.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    with MetadataService(cloud.value, host=host, port=port, machine=machine) as service:
+        for name, value in service.environ.items():
+            typer.echo(f"export {name}={value}")
+        if signal.sigtimedwait(signals, after) is None:
+            service.announce(left)
+            errors.print(f"{cloud.value}: the machine goes away in {left:g} s")
+            signal.sigwait(signals)
