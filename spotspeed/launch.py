@@ -12,6 +12,8 @@ from spotspeed.state.engine import block_of
 
 _FRAMEWORKS = ("accelerate", "lightning", "pytorch_lightning", "transformers")
 """Packages that restore by themselves, through engine.load_checkpoint."""
+_seen: set[str] = set()
+"""Paths of the blocks of the engines so far: a later engine does not go on where an earlier did."""
 
 
 def install() -> None:
@@ -19,17 +21,21 @@ def install() -> None:
 
     Engines that a script builds directly are restored at once from the newest durable checkpoint,
     so that `engine.global_steps` and `engine.global_samples` say where to go on; engines that a
-    framework builds are restored when the framework loads. Idempotent.
+    framework builds are restored when the framework loads. Of several engines with one path only
+    the first is restored: what is there may be another engine's. Idempotent.
     """
     boundary.install_hooks()
     boundary.on_new_engine(_attach_new)
 
 
 def _attach_new(engine: Any) -> None:
-    if block_of(engine) is None or engine.optimizer is None:
+    block = block_of(engine)
+    if block is None or engine.optimizer is None:
         return
+    is_first = block.path not in _seen
+    _seen.add(block.path)
     checkpointer = attach(engine)
-    if not _is_built_by_framework():
+    if is_first and not _is_built_by_framework():
         checkpointer.restore()
 
 

@@ -1,0 +1,204 @@
+"""engine.save_checkpoint and load_checkpoint of attached engines; asserts, prints what held."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from engines import RANK, WORLD_SIZE, main, make, micro_step, raises, train
+
+import spotspeed
+from spotspeed.errors import CaptureError, CorruptionError, InvalidLayoutError
+
+FOLDER = Path(sys.argv[1])
+
+
+def check_another_engine_loads_at_once_and_goes_on_alike() -> None:
+    for stage in (0, 1, 2, 3):
+        folder = FOLDER / f"stage{stage}"
+        engine = make(stage, FOLDER / "one")
+        train(engine, 3)
+        state = {"epoch": 3, "t": torch.arange(3), "pair": (1, {2: "b"})}
+        assert engine.save_checkpoint(folder, client_state=state) is True
+        after = train(engine, 3)
+        other = make(stage, FOLDER / "one", seed=2)
+        path, client_state = other.load_checkpoint(str(folder))
+        assert path.startswith(str(folder / "global_step3"))
+        assert client_state["pair"] == (1, {2: "b"}) and client_state["t"].tolist() == [0, 1, 2]
+        assert (other.global_steps, other.global_samples) == (3, 18)
+        assert train(other, 3) == after
+        assert other.lr_scheduler.get_last_lr() == engine.lr_scheduler.get_last_lr()
+        engine.load_checkpoint(folder)
+        assert train(engine, 3) == after, "back, in the same engine"
+        engine.destroy()
+        other.destroy()
+
+
+def check_any_moment_can_be_saved() -> None:
+    engine = make(1, FOLDER / "moment")
+    engine.save_checkpoint(FOLDER / "moment-out")
+    first = train(engine, 2)
+    engine.micro_steps = 0
+    micro_step(engine)
+    engine.save_checkpoint(FOLDER / "moment-out")
+    other = make(2, FOLDER / "moment", seed=2)
+    other.load_checkpoint(FOLDER / "moment-out", "global_step0")
+    assert other.global_steps == 0 and train(other, 2) == first
+    other.load_checkpoint(FOLDER / "moment-out")
+    assert other.global_steps == 2
+    other.save_checkpoint(FOLDER / "moment-out", "again")
+    assert _masters(FOLDER / "moment", FOLDER / "moment-out", "again") == _masters(
+        FOLDER / "moment", FOLDER / "moment-out", "global_step2"
+    )
+    engine.destroy()
+    other.destroy()
+
+
+def check_the_same_save_twice_is_stored_once() -> None:
+    engine = make(2, FOLDER / "twice")
+    train(engine, 1)
+    for _ in range(2):
+        engine.save_checkpoint(FOLDER / "twice-out", "tag", client_state={"a": 1})
+    first = spotspeed.list_checkpoints(str(FOLDER / "twice"))
+    engine.save_checkpoint(FOLDER / "twice-out", "tag", client_state={"a": 2})
+    second = spotspeed.list_checkpoints(str(FOLDER / "twice"))
+    assert len(first) == 1 and len(second) == 1 and first != second, "written over"
+    engine.save_checkpoint(FOLDER / "twice-out", "other", client_state={"a": 2}, save_latest=False)
+    assert (FOLDER / "twice-out" / "latest").read_text() == "tag"
+    assert len(spotspeed.list_checkpoints(str(FOLDER / "twice"))) == 2
+    assert engine.load_checkpoint(FOLDER / "twice-out")[1] == {"a": 2}
+    engine.destroy()
+
+
+def check_wrong_and_missing_directories() -> None:
+    engine = make(0, FOLDER / "wrong")
+    for nothing in (None, ""):
+        raises(ValueError, lambda path=nothing: engine.save_checkpoint(path))
+    assert engine.load_checkpoint(FOLDER / "nowhere") == (None, None)
+    bad = {"list": [1, object()]}
+    error = raises(CaptureError, lambda: engine.save_checkpoint(FOLDER / "w", client_state=bad))
+    assert "client_state['list'][1]" in str(error)
+    assert not (FOLDER / "w").exists()
+    engine.destroy()
+
+
+def check_parts_of_a_checkpoint() -> None:
+    engine = make(1, FOLDER / "parts")
+    train(engine, 3)
+    engine.save_checkpoint(FOLDER / "parts-out", client_state={"k": 1})
+    weights = engine.module.state_dict()
+    for changes in ({"load_optimizer_states": False}, {"load_module_only": True}):
+        other = make(1, FOLDER / "parts", seed=2)
+        _, client_state = other.load_checkpoint(FOLDER / "parts-out", **changes)
+        assert client_state == {"k": 1}
+        for name, tensor in other.module.state_dict().items():
+            assert torch.equal(tensor, weights[name]), name
+        assert other.global_steps == (0 if "load_module_only" in changes else 3)
+        moments = [value for state in other.optimizer.optimizer.state.values()
+                   for key, value in state.items() if key == "exp_avg"]  # fmt: skip
+        assert not any(bool(moment.any()) for moment in moments)
+        train(other, 1)
+        other.destroy()
+    bigger = make(1, FOLDER / "parts", seed=2, extra=True)
+    load = bigger.load_checkpoint
+    raises(InvalidLayoutError, lambda: load(FOLDER / "parts-out"))
+    extra = bigger.module.extra.weight.clone()
+    load(FOLDER / "parts-out", load_module_strict=False, load_optimizer_states=False)
+    assert torch.equal(bigger.module.extra.weight, extra)
+    assert torch.equal(bigger.module.body[0].weight, weights["body.0.weight"])
+    train(bigger, 1)
+    engine.save_checkpoint(FOLDER / "parts-out", "thin", exclude_frozen_parameters=True)
+    thin = spotspeed.open_checkpoint(str(FOLDER / "parts"), "thin")
+    assert not [name for name in thin.parameters() if name.startswith("frozen.")]
+    other = make(1, FOLDER / "parts", seed=3)
+    frozen = other.module.frozen.weight.clone()
+    other.load_checkpoint(FOLDER / "parts-out", "thin", load_module_strict=False)
+    assert torch.equal(other.module.frozen.weight, frozen)
+    for each in (engine, bigger, other):
+        each.destroy()
+
+
+def check_tags_that_differ() -> None:
+    for mode in ("Ignore", "Warn", "Fail"):
+        engine = make(1, FOLDER / "tags", checkpoint={"tag_validation": mode})
+        save = partial(engine.save_checkpoint, FOLDER / "tags-out", tag=f"t{RANK}")
+        if mode == "Fail" and WORLD_SIZE > 1:
+            raises(AssertionError, save)
+        else:
+            assert save()
+        engine.destroy()
+
+
+def check_damage_is_an_error() -> None:
+    engine = make(2, FOLDER / "damage")
+    train(engine, 1)
+    engine.save_checkpoint(FOLDER / "damage-out")
+    if RANK == 0:
+        shard = next((FOLDER / "damage").glob("step-*/rank-00000.shard"))
+        data = bytearray(shard.read_bytes())
+        data[4096] ^= 1
+        shard.write_bytes(data)
+    raises(CorruptionError, lambda: engine.load_checkpoint(FOLDER / "damage-out"))
+    engine.destroy()
+
+
+def check_without_a_marker_deepspeed_loads_its_own() -> None:
+    plain = make(1)
+    train(plain, 2)
+    plain.save_checkpoint(FOLDER / "plain-out", client_state={"from": "deepspeed"})
+    after = train(plain, 2)
+    engine = make(1, FOLDER / "plain", seed=2)
+    train(engine, 1)
+    path, client_state = engine.load_checkpoint(FOLDER / "plain-out")
+    assert path.endswith(".pt") and client_state["from"] == "deepspeed"
+    assert engine.global_steps == 2 and train(engine, 2) == after
+    engine.save_checkpoint(FOLDER / "plain-out")
+    assert engine.load_checkpoint(FOLDER / "plain-out")[0].endswith(".json")
+    plain.destroy()
+    engine.destroy()
+
+
+def check_engines_with_one_path_do_not_mix() -> None:
+    engines = [make(stage, FOLDER / "many", seed=stage) for stage in (0, 1)]
+    losses = []
+    for index, engine in enumerate(engines):
+        train(engine, 2 + index)
+        engine.save_checkpoint(FOLDER / f"many-{index}")
+    for index, engine in reversed(list(enumerate(engines))):
+        losses.append(train(engine, 1))
+        engine.load_checkpoint(FOLDER / f"many-{index}")
+        assert engine.global_steps == 2 + index and train(engine, 1) == losses[-1]
+    for engine in engines:
+        engine.destroy()
+
+
+def check_a_load_further_back_begins_another_branch() -> None:
+    engine = make(2, FOLDER / "back")
+    for _ in range(3):
+        train(engine, 1)
+        engine.save_checkpoint(FOLDER / "back-out")
+    engine.load_checkpoint(FOLDER / "back-out", "global_step1")
+    train(engine, 1)
+    engine.save_checkpoint(FOLDER / "back-out", "branch")
+    listed = spotspeed.list_checkpoints(str(FOLDER / "back"))
+    assert [info.tag for info in listed] == ["branch", "global_step1"], "not the abandoned future"
+    assert (FOLDER / "back-out" / "latest").read_text() == "branch"
+    engine.load_checkpoint(FOLDER / "back-out", "global_step3")
+    assert engine.global_steps == 3, "by name it can still be had"
+    engine.destroy()
+
+
+def _masters(catalogue: Path, folder: Path, tag: str) -> dict[str, list[float]]:
+    """All trained state that `tag` in `folder` stands for, by name and kind."""
+    assert (folder / tag / "spotspeed.json").exists()
+    opened = spotspeed.open_checkpoint(str(catalogue), tag)
+    return {f"{name} {kind}": opened.read(name, kind).ravel().tolist()
+            for name in opened.parameters() for kind in opened.kinds(name)}  # fmt: skip
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[2:]
+    main([check for name, check in list(globals().items())
+          if name.startswith("check_") and (not wanted or name in wanted)])  # fmt: skip

@@ -1,0 +1,45 @@
+"""Scripts that call engine.save_checkpoint and load_checkpoint get what they had, and more."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_small_state import run_alone
+from tests.ranks import ROOT, run_ranks
+
+DRIVER = "tests/distributed/drivers/dropin.py"
+PROCESSES = "tests/distributed/drivers/dropin_processes.py"
+CHECKS = [node.name for node in ast.parse((ROOT / DRIVER).read_text()).body
+          if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")]  # fmt: skip
+
+
+def held(output: str, rank: int) -> list[str]:
+    return re.findall(rf"^rank {rank}: (\w+): held$", output, flags=re.MULTILINE)
+
+
+def test_one_process_saves_and_loads_as_with_deepspeed(tmp_path: Path) -> None:
+    assert held(run_alone(DRIVER, str(tmp_path)), 0) == CHECKS
+
+
+@pytest.mark.ranks
+def test_two_ranks_save_and_load_as_with_deepspeed(tmp_path: Path) -> None:
+    output = run_ranks(2, DRIVER, str(tmp_path), timeout_s=280).output
+    for rank in range(2):
+        assert sorted(held(output, rank)) == sorted(CHECKS)
+
+
+def test_what_was_saved_outlives_its_process_whoever_it_was(tmp_path: Path) -> None:
+    run_alone(PROCESSES, "exit", str(tmp_path))
+    assert "loaded step 2" in run_alone(PROCESSES, "load", str(tmp_path))
+    assert "saved by a daemon" in run_alone(PROCESSES, "daemon", str(tmp_path))
+    assert "loaded step 3" in run_alone(PROCESSES, "load", str(tmp_path))
+
+
+@pytest.mark.ranks
+def test_another_number_of_ranks_loads_it_at_another_stage(tmp_path: Path) -> None:
+    run_ranks(2, PROCESSES, "save", str(tmp_path), timeout_s=150)
+    assert "loaded step 2" in run_alone(PROCESSES, "load", str(tmp_path))
