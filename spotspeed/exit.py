@@ -14,13 +14,15 @@ import traceback
 from collections.abc import Callable
 from types import TracebackType
 
-from spotspeed.errors import ConfigError, OwnedError, ReshardError
+from spotspeed.errors import ConfigError, CoordinationError, OwnedError, ReshardError
 from spotspeed.supervised import tell
 
 EXIT_NOT_DURABLE = 76
 EXIT_DO_NOT_REQUEUE = 77
 EXIT_BROKEN_PROMISE = 76
 NO_REQUEUE_ERRORS = (ConfigError, OwnedError, ReshardError)
+REQUEUE_ERRORS = (CoordinationError,)
+"""Other ranks are gone, or a notice came before there was anything to save."""
 
 
 class ExitWatch:
@@ -95,18 +97,19 @@ class ExitWatch:
         self._previous_hook(kind, error, trace)
         if self._expected is not None:
             self.now(self._expected)
-        if issubclass(kind, NO_REQUEUE_ERRORS):
-            self.now(EXIT_DO_NOT_REQUEUE)
+        code = _code_of(kind)
+        if code is not None:
+            self.now(code)
 
 
 def watch_refusals() -> None:
-    """From now on an unhandled error that no new start can cure ends the process with 77."""
+    """From now on an unhandled error ends the process with the code that fits it: 76 or 77."""
     if not isinstance(sys.excepthook, _RefusalHook):
         sys.excepthook = _RefusalHook(sys.excepthook)
 
 
 class _RefusalHook:
-    """Reports an unhandled error as ever; then leaves with the code that forbids a requeue."""
+    """Reports an unhandled error as ever; then leaves with the code that fits it."""
 
     def __init__(self, previous: Callable[..., None]) -> None:
         self._previous = previous
@@ -115,8 +118,16 @@ class _RefusalHook:
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         self._previous(kind, error, trace)
-        if issubclass(kind, NO_REQUEUE_ERRORS):
+        code = _code_of(kind)
+        if code is not None:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
-            tell(code=EXIT_DO_NOT_REQUEUE)
-            os._exit(EXIT_DO_NOT_REQUEUE)
+            tell(code=code)
+            os._exit(code)
+
+
+def _code_of(kind: type[BaseException]) -> int | None:
+    """The exit code that tells a scheduler what an unhandled error of ours means for it."""
+    if issubclass(kind, NO_REQUEUE_ERRORS):
+        return EXIT_DO_NOT_REQUEUE
+    return EXIT_NOT_DURABLE if issubclass(kind, REQUEUE_ERRORS) else None
