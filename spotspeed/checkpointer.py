@@ -254,6 +254,9 @@ class Checkpointer:
         attempt, reason = cut.attempt, "notice" if cut.stop else "periodic"
         if self._is_on_grid(cut.step):
             attempt, reason = "p", "periodic"
+        elif cut.lost:
+            why = f"ranks {list(cut.lost)} took their part of the state with them"
+            return coordinator.report_failed(cut.round, why)
         with self._lock:
             handle = None if self._is_changing else self._captures.setdefault(
                 cut.round, self._submit(cut.step, attempt, f"step-{cut.step}", reason)

@@ -41,6 +41,7 @@ STEP_BITS = 40
 STEP_MASK = (1 << STEP_BITS) - 1
 """A position is generation << STEP_BITS | step; every load of a state begins a generation."""
 IDLE_S = 60.0
+SHORTEST_GRACE_S = 0.2
 
 Command = Callable[[float], Sequence[Action]]
 
@@ -263,6 +264,13 @@ class Control:
             )
         self._apply(lambda now: self.machine.delivered(cut.round, now))
 
+    def _end_of_grace(self) -> float:
+        """When the main thread must be at the gate: soon, and sooner when there is no time left."""
+        now, deadline = time.monotonic(), self.machine.member.deadline()
+        if deadline is None:
+            return now + self._grace_s
+        return min(now + self._grace_s, max(now + SHORTEST_GRACE_S, deadline))
+
     def _leave(self) -> None:
         """The grace is over: the main thread is somewhere else, in a dead collective perhaps."""
         if not self.has_reached and self.departed is not None:
@@ -291,7 +299,7 @@ class Control:
         with self.lock:
             if isinstance(action, Departed):
                 self.departed = action
-                self._leave_at = time.monotonic() + self._grace_s
+                self._leave_at = self._end_of_grace()
             elif isinstance(action, AllClosed):
                 self.is_closed = True
             else:
