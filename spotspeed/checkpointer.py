@@ -248,15 +248,12 @@ class Checkpointer:
         """State at `cut.step` is constant until the gate opens: save it, or join its save."""
         coordinator = self._session.coordinator
         if self._restored is not None and cut.step == self._restored.step:
-            coordinator.report_staged(cut.round)
-            coordinator.report_durable(cut.round, self._restored.digest)
-            return
+            return coordinator.report_durable(cut.round, self._restored.digest)
         attempt, reason = cut.attempt, "notice" if cut.stop else "periodic"
         if self._is_on_grid(cut.step):
             attempt, reason = "p", "periodic"
         elif cut.lost:
-            why = f"ranks {list(cut.lost)} took their part of the state with them"
-            return coordinator.report_failed(cut.round, why)
+            return coordinator.report_failed(cut.round, f"the parts of ranks {cut.lost} are lost")
         with self._lock:
             handle = None if self._is_changing else self._captures.setdefault(
                 cut.round, self._submit(cut.step, attempt, f"step-{cut.step}", reason)
