@@ -86,6 +86,8 @@ class Holding:
     @property
     def share(self) -> Fragment:
         """The part this rank writes, so that the replicas together write the fragment once."""
+        if self.replica_count == 1:
+            return self.fragment
         return self.fragment.narrow(
             self.fragment.interval.split(self.replica_count, self.replica_index)
         )

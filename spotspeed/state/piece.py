@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,8 @@ class Piece:
     def share(self) -> Piece:
         """The part that this rank writes; it may be empty."""
         share = self.holding.share
+        if share is self.fragment:
+            return self
         start = share.interval.start - self.fragment.interval.start
         return Piece(Holding(share), self.tensor.narrow(0, start, share.interval.count))
 
@@ -56,7 +59,12 @@ class Piece:
 
 def dtype_name(tensor: torch.Tensor) -> str:
     """torch's name for the tensor's dtype, as the format writes it ("float32")."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return _name_of(tensor.dtype)
+
+
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -59,7 +59,8 @@ class Zero12Layout:
         return found
 
     def residents(self) -> list[Resident]:
-        owned = (name for partition in self.partitions() for name in partition.names)
+        groups = self._zero.round_robin_bit16_groups
+        owned = (self._names.of(parameter) for group in groups for parameter in group)
         return replicated_residents(self._names, owned, self._engine.seq_data_parallel_group)
 
     def group_names(self) -> list[list[str]]:
