@@ -74,7 +74,9 @@ class Job:
         self.checkpointer = spotspeed.attach(self.engine)
         self.due: set[int] = set()
         self.checkpointer._is_on_grid = self.due.__contains__
-        self.hook_s, self.written = 0.0, 0
+        self.hook_s, self.written, self.submitted = 0.0, 0, []
+        submit = self.checkpointer._submit
+        self.checkpointer._submit = lambda *words: self._remember(submit(*words))
         for name in ("before_update", "after_update"):
             setattr(self.checkpointer, name, self._timed(getattr(self.checkpointer, name)))
         self.pad.step_s = 0.0
@@ -106,8 +108,7 @@ class Job:
         self.hook_s = 0.0
         self.step()
         began, steps = time.perf_counter(), []
-        step = int(self.engine.global_steps)
-        handle = self.checkpointer._handles[step, "p"]
+        handle = self.submitted.pop()
         sealed: list[float] = []
         handle.upload_completion.add_done_callback(lambda _: sealed.append(time.perf_counter()))
         while not self.everywhere(handle.upload_completion.done()):
@@ -232,6 +233,10 @@ class Job:
             for kind in ("exp_avg", "exp_avg_sq"):
                 found[f"{kind}.{number}"] = optimizer.optimizer.state[master][kind]
         return found
+
+    def _remember(self, handle: Any) -> Any:
+        self.submitted.append(handle)
+        return handle
 
     def _timed(self, hook: Callable[[Any], None]) -> Callable[[Any], None]:
         def timed(engine: Any) -> None:
