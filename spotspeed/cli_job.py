@@ -10,14 +10,17 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from spotspeed.cli import Json, app, console, errors, print_json, reported
+from spotspeed.cli import Json, Path, app, console, errors, print_json, reported, size_text
 from spotspeed.core.relaunch import Policy
+from spotspeed.doctor import Diagnosis, diagnose
 from spotspeed.supervisor.notifying import Told, notify, paths_here, wait_durable
 from spotspeed.supervisor.supervise import Plan, supervise
 from spotspeed.testing.metadata import MetadataService
 
 EXIT_NOT_DURABLE = 1
+EXIT_UNFIT = 1
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -133,3 +136,43 @@ def emulate(
             service.announce(left)
             errors.print(f"{cloud.value}: the machine goes away in {left:g} s")
             signal.sigwait(signals)
+
+
+@app.command()
+@reported
+def doctor(
+    path: Path,
+    state_gb: Annotated[float | None, typer.Option(help="Size of a checkpoint.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that share it.")] = 1,
+    step_seconds: Annotated[float, typer.Option(min=0, help="Length of a step.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """What this machine can do, and what a notice of 120, 30 or 15 s can save; exit 1 if unfit."""
+    with errors.status("measuring"):
+        state_bytes = None if state_gb is None else int(state_gb * 1e9)
+        found = diagnose(path, state_bytes=state_bytes, nodes=nodes, step_s=step_seconds)
+    if as_json:
+        print_json(found.document())
+    else:
+        _show(found)
+    if not found.is_fit:
+        raise typer.Exit(EXIT_UNFIT)
+
+
+def _show(found: Diagnosis) -> None:
+    colours = {"ok": "green", "note": "yellow", "bad": "red"}
+    for finding in found.findings:
+        colour = colours[finding.state]
+        console.print(f"[{colour}]{finding.state:4}[/{colour}] {finding.what}: {finding.detail}",
+                      soft_wrap=True)  # fmt: skip
+    copied, written = size_text(int(found.stage_bytes_s)), size_text(int(found.write_bytes_s))
+    seal = f"{1000 * found.seal_s:.1f} ms"
+    console.print(f"copies {copied}/s a core, makes durable {written}/s, seals in {seal}")
+    table = Table(title="what a notice can save of one node")
+    for name in ("notice", "at most", f"this state, {size_text(found.state_bytes)}"):
+        table.add_column(name)
+    for forecast in found.forecasts:
+        decision = forecast.decision
+        state = f"{decision.action.value}: {decision.reason}" if decision else "size not known"
+        table.add_row(f"{forecast.notice_s:g} s", size_text(forecast.largest_bytes), state)
+    console.print(table)
