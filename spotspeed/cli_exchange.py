@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated
 
 import typer
 
@@ -18,17 +18,16 @@ from spotspeed.checkpoint.safetensors import export_safetensors
 from spotspeed.errors import ConfigError
 from spotspeed.storage import open_storage
 
-P = ParamSpec("P")
 Places = Annotated[list[str], typer.Argument(
     metavar="PATH [TAG] OUT", help="The checkpoints, one of them (else the newest), what to make."
 )]  # fmt: skip
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
 class Target(StrEnum):
     """What an export can make."""
 
     SAFETENSORS = "safetensors"
+    DEEPSPEED = "deepspeed"
 
 
 class Precision(StrEnum):
@@ -47,13 +46,24 @@ def register(
 ) -> None:
     """Add the commands to `app`; `reported` turns errors of ours into exit codes."""
     app.command()(reported(export))
+    app.command("import")(reported(import_))
 
 
 def export(
     places: Places,
     target: Annotated[Target, typer.Option("--to", help="The format to write.")],
-    dtype: Annotated[Precision | None, typer.Option(help="Round all weights to this.")] = None,
-    as_json: Json = False,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="safetensors: round all weights to this.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="deepspeed: ranks that will load it.")
+    ] = None,
+    stage: Annotated[
+        int | None, typer.Option(help="deepspeed: their ZeRO stage; as it was if left out.")
+    ] = None,
+    sub_group_size: Annotated[
+        int | None, typer.Option(min=1, help="deepspeed, stage 3: as in their config.")
+    ] = None,
 ) -> None:
     """Write a checkpoint's state for another tool."""
     if not 2 <= len(places) <= 3:
@@ -61,13 +71,51 @@ def export(
     storage, out = open_storage(places[0]), places[-1]
     info = find(storage, places[1] if len(places) > 2 else None)
     reader = CheckpointReader.open(storage, info.directory, digest=info.digest)
-    folder, name = _split(out)
-    done = export_safetensors(
-        reader, open_storage(folder), name, dtype=None if dtype is None else _DTYPES[dtype]
-    )
-    _say(f"{out}: {done.tensors} tensors, {done.size_bytes} bytes, of {info.tag} "
-         f"(step {info.step})", {"out": out, "tag": info.tag, "step": info.step, **asdict(done)},
-         as_json)  # fmt: skip
+    if target is Target.SAFETENSORS:
+        _refuse(target, ("--ranks", ranks), ("--stage", stage),
+                ("--sub-group-size", sub_group_size))  # fmt: skip
+        folder, name = _split(out)
+        done = asdict(export_safetensors(
+            reader, open_storage(folder), name, dtype=None if dtype is None else _DTYPES[dtype]
+        ))  # fmt: skip
+    else:
+        _refuse(target, ("--dtype", dtype))
+        if ranks is None:
+            raise ConfigError("--ranks is missing: DeepSpeed loads on the ranks it was saved for")
+        # Only here: it takes torch, which the other commands do without.
+        from spotspeed.integrations.deepspeed_export import export_deepspeed, target_of
+
+        wanted = target_of(reader, ranks=ranks, stage=stage, sub_group_size=sub_group_size)
+        done = export_deepspeed(reader, open_storage(out), info.tag, wanted)
+    said = ", ".join(f"{name} {value}" for name, value in done.items())
+    sys.stdout.write(f"{out}: {said}; from {info.tag} (step {info.step})\n")
+
+
+def import_(
+    source: Annotated[str, typer.Argument(help="What engine.save_checkpoint wrote to.")],
+    to: Annotated[str, typer.Option("--to", help="Path of the checkpoints to import it to.")],
+    tag: Annotated[
+        str | None, typer.Option(help="DeepSpeed's tag; the one in latest if left out.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Class of the learning-rate scheduler, if not configured.")
+    ] = None,
+) -> None:
+    """Bring a checkpoint that DeepSpeed saved (ZeRO 1, 2 or 3) to PATH; runs no code of it."""
+    from spotspeed.integrations.deepspeed_import import import_deepspeed
+
+    done = import_deepspeed(pathlib.Path(source), open_storage(to), tag=tag, scheduler=scheduler)
+    ticket = done.manifest.ticket
+    for note in done.notes:
+        sys.stderr.write(f"note: {note}\n")
+    sys.stdout.write(f"{to}/{ticket.directory}: {ticket.tag}, step {ticket.step}, "
+                     f"{done.manifest.data_bytes} bytes\n")  # fmt: skip
+
+
+def _refuse(target: Target, *options: tuple[str, object]) -> None:
+    given = [name for name, value in options if value is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)} means nothing with --to {target.value}")
 
 
 def _split(out: str) -> tuple[str, str]:
@@ -76,8 +124,3 @@ def _split(out: str) -> tuple[str, str]:
     if not name or ("://" not in out and os.path.isdir(out)):
         raise ConfigError(f"{out!r} names a directory: give the name of a file in it")
     return folder or ("/" if out.startswith("/") else "."), name
-
-
-def _say(text: str, document: dict[str, Any], as_json: bool) -> None:
-    line = json.dumps(document, indent=2, sort_keys=True) if as_json else text
-    sys.stdout.write(line + "\n")
