@@ -99,7 +99,8 @@ class StagedSave:
         Raises CaptureError naming the fragments; then the save is abandoned, too.
         """
         window, self._window = self._window, None
-        if window is None or self.staging_completion.exception(0) is not None:
+        staging = self.staging_completion
+        if window is None or not staging.done() or staging.exception() is not None:
             return
         try:
             window.verify()
@@ -146,8 +147,9 @@ class StagedSave:
 
     def stored(self) -> None:
         """The saver says: durable."""
-        if not self.stored_completion.done():
-            self.stored_completion.set_result(None)
+        with self._lock:
+            if not self._is_over and not self.stored_completion.done():
+                self.stored_completion.set_result(None)
 
     def sealed(self, manifest: Manifest, stored_form: bytes) -> None:
         """The saver says: sealed."""
@@ -156,7 +158,10 @@ class StagedSave:
                 return
             self._is_over = True
         self.manifest_bytes = stored_form
-        self.stored()
+        # On a busy machine the seal is heard before the thread that sent the end goes on.
+        self._settle_staging(is_sealed=True)
+        if not self.stored_completion.done():
+            self.stored_completion.set_result(None)
         self.upload_completion.set_result(manifest)
         if self.rank == 0:
             ticket, elapsed_s = self.ticket, time.monotonic() - self._began
@@ -268,9 +273,12 @@ class StagedSave:
     def _finish(self, session: SaverSession) -> None:
         """Everything is in the saver's hands."""
         session.send(End(self._number))
+        self._settle_staging(is_sealed=False)
+
+    def _settle_staging(self, *, is_sealed: bool) -> None:
         elapsed_s = time.monotonic() - self._began
         with self._lock:
-            if self._is_over or self.staging_completion.done():
+            if self.staging_completion.done() or (self._is_over and not is_sealed):
                 return
             facts = StagingFacts(self.size_bytes, elapsed_s, self._stalled_s)
             self.staging_completion.set_result(facts)
