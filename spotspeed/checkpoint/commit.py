@@ -25,7 +25,8 @@ from spotspeed.errors import (
 )
 from spotspeed.storage.contract import Storage
 
-LATEST_KEY = "latest"
+LATEST_KEY = "latest.json"
+"""Not "latest", which is DeepSpeed's: a drop-in save may be told to use the same directory."""
 MAX_HINT_BYTES = 64 * 1024
 
 

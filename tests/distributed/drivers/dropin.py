@@ -72,6 +72,17 @@ def check_the_same_save_twice_is_stored_once() -> None:
     engine.destroy()
 
 
+def check_the_directory_may_be_the_catalogue_itself() -> None:
+    engine = make(2, FOLDER / "same")
+    train(engine, 1)
+    engine.save_checkpoint(FOLDER / "same", client_state={"at": 1})
+    train(engine, 1)
+    spotspeed.save(engine)
+    path, client_state = engine.load_checkpoint(FOLDER / "same")
+    assert path.endswith("global_step1/spotspeed.json") and client_state == {"at": 1}
+    engine.destroy()
+
+
 def check_wrong_and_missing_directories() -> None:
     engine = make(0, FOLDER / "wrong")
     for nothing in (None, ""):

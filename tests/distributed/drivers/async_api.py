@@ -1,0 +1,169 @@
+"""spotspeed.async_save, save and load on real engines; asserts, prints what held."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from engines import RANK, WORLD_SIZE, main, make, raises, train
+
+import spotspeed
+from spotspeed import events
+from spotspeed.errors import (
+    CaptureError,
+    ConfigError,
+    CoordinationError,
+    ObjectNotFoundError,
+    SpotSpeedError,
+)
+
+FOLDER = Path(sys.argv[1])
+
+
+def check_without_a_block_the_path_is_the_catalogue() -> None:
+    for stage in (0, 3):
+        path, handler = FOLDER / f"stage{stage}", signal.getsignal(signal.SIGTERM)
+        engine = make(stage)
+        train(engine, 2)
+        first = spotspeed.async_save(engine, path, client_state={"n": 1})
+        second = spotspeed.async_save(engine, path, "mine", {"n": 2})
+        after = train(engine, 2)
+        third = spotspeed.async_save(engine, str(path))
+        assert [h.wait(60).ticket.tag for h in (third, first, second)] == [
+            "step-4", "step-2", "mine",
+        ]  # fmt: skip
+        for handle in (first, second, third):
+            assert handle.staging_completion.done() and handle.upload_completion.done()
+            done = handle.progress()
+            assert done.total_bytes == done.staged_bytes == done.stored_bytes == done.sealed_bytes
+            assert done.total_bytes > 0
+        assert spotspeed.load(engine, path).step == 4
+        other = make(stage, seed=2)
+        restored = spotspeed.load(other, path, "mine")
+        assert (restored.client_state, restored.step) == ({"n": 2}, 2)
+        assert train(other, 2) == after
+        assert signal.getsignal(signal.SIGTERM) is handler, "the process's signals are its own"
+        engine.destroy()
+        other.destroy()
+        assert len(list(path.glob("step-*"))) == 3, "nothing that was not asked for"
+
+
+def check_client_state_is_plain_data_as_it_was() -> None:
+    engine = make(1)
+    state = {"t": torch.arange(4.0), "a": np.eye(2), "deep": {"list": [1, (2, None)], 3: b"x"}}
+    handle = spotspeed.async_save(engine, FOLDER / "state", client_state=state)
+    state["t"].zero_()
+    state["a"][:] = 0
+    state["deep"]["list"].append("late")
+    handle.wait(60)
+    found = spotspeed.load(engine, FOLDER / "state").client_state
+    assert found["t"].tolist() == [0, 1, 2, 3] and np.array_equal(found["a"], np.eye(2))
+    assert found["deep"] == {"list": [1, (2, None)], 3: b"x"}
+    bad = {"x": {"y": [0, lambda: None]}}
+    error = raises(
+        CaptureError, lambda: spotspeed.async_save(engine, FOLDER / "state", client_state=bad)
+    )
+    assert "client_state['x']['y'][1]" in str(error)
+    assert len(spotspeed.list_checkpoints(str(FOLDER / "state"))) == 1
+    engine.destroy()
+
+
+def check_what_is_not_there_is_said() -> None:
+    engine = make(0)
+    raises(ConfigError, lambda: spotspeed.async_save(engine))
+    raises(ObjectNotFoundError, lambda: spotspeed.load(engine, FOLDER / "none"))
+    assert not (FOLDER / "none").exists()
+    spotspeed.save(engine, FOLDER / "some", tag="here")
+    error = raises(ObjectNotFoundError, lambda: spotspeed.load(engine, FOLDER / "some", "there"))
+    assert "here" in str(error)
+    raises(ConfigError, lambda: spotspeed.save(engine, FOLDER / "some", tag="no/name"))
+    train(engine, 1)
+    engine.destroy()
+
+
+def check_engines_and_paths_side_by_side() -> None:
+    engines = [make(stage, seed=stage) for stage in (0, 2)]
+    for index, engine in enumerate(engines):
+        train(engine, 1 + index)
+    handles = [spotspeed.async_save(engine, FOLDER / f"side-{index}", tag=f"tag-{index}")
+               for index, engine in enumerate(engines)]  # fmt: skip
+    after = [train(engine, 2) for engine in engines]
+    for handle in handles:
+        handle.wait(60)
+    for index, engine in enumerate(engines):
+        assert spotspeed.load(engine, FOLDER / f"side-{index}").tag == f"tag-{index}"
+        assert train(engine, 2) == after[index]
+    moved = spotspeed.async_save(engines[0], FOLDER / "elsewhere")
+    moved.wait(60)
+    assert spotspeed.load(engines[0], FOLDER / "elsewhere").step == 3
+    assert spotspeed.load(engines[0], FOLDER / "side-0").step == 1
+    for engine in engines:
+        engine.destroy()
+
+
+def check_with_a_block_another_path_gets_markers() -> None:
+    engine = make(2, FOLDER / "block")
+    train(engine, 1)
+    info = spotspeed.save(engine, client_state={"k": 1})
+    assert info.tag == "step-1"
+    handle = spotspeed.async_save(engine, FOLDER / "marked", client_state={"k": 2})
+    after = train(engine, 1)
+    handle.wait(60)
+    assert spotspeed.load(engine, FOLDER / "marked").client_state == {"k": 2}
+    assert (FOLDER / "marked" / "latest").read_text() == "global_step1"
+    assert engine.load_checkpoint(FOLDER / "marked")[1] == {"k": 2}
+    assert spotspeed.load(engine, tag="step-1").client_state == {"k": 1}
+    assert train(engine, 1) == after
+    raises(ObjectNotFoundError, lambda: spotspeed.load(engine, FOLDER / "unmarked"))
+    engine.destroy()
+
+
+def check_a_save_that_fails_is_an_error_for_whoever_waits_and_training_goes_on() -> None:
+    engine, path = make(1), FOLDER / "broken"
+    spotspeed.save(engine, path)
+    lost, heard = [], threading.Event()
+
+    def sink(event):
+        if isinstance(event, events.Lost) and event.what.startswith("step-"):
+            lost.append(event)
+            heard.set()
+
+    events.add_sink(sink)
+    if RANK == 0:
+        shutil.rmtree(path)
+        path.write_text("in the way")
+    train(engine, 1)
+    handle = spotspeed.async_save(engine, path)
+    train(engine, 2)
+    raises(SpotSpeedError, lambda: handle.wait(60))
+    raises(SpotSpeedError, lambda: handle.wait(60))
+    assert heard.wait(30)
+    events.remove_sink(sink)
+    assert len(lost) == 1, lost
+    if RANK == 0:
+        path.unlink()
+    train(engine, 1)
+    engine.destroy()
+
+
+def check_ranks_that_disagree_are_told() -> None:
+    if WORLD_SIZE == 1:
+        return
+    engine = make(1, checkpoint={"tag_validation": "Fail"})
+    raises(AssertionError, lambda: spotspeed.async_save(engine, FOLDER / "no", f"rank{RANK}"))
+    engine.global_steps += RANK
+    raises(CoordinationError, lambda: spotspeed.async_save(engine, FOLDER / "no", "same"))
+    engine.global_steps -= RANK
+    spotspeed.save(engine, FOLDER / "no", "same")
+    engine.destroy()
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[2:]
+    main([check for name, check in list(globals().items())
+          if name.startswith("check_") and (not wanted or name in wanted)])  # fmt: skip

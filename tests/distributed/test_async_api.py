@@ -1,0 +1,47 @@
+"""The asynchronous API on real engines, and the example in the README as it stands there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_dropin import held
+from tests.distributed.test_small_state import run_alone
+from tests.ranks import ROOT, free_port, rank_environment, remove_shared_memory, run_ranks
+
+DRIVER = "tests/distributed/drivers/async_api.py"
+CHECKS = [node.name for node in ast.parse((ROOT / DRIVER).read_text()).body
+          if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")]  # fmt: skip
+
+
+def test_one_process_saves_and_loads_asynchronously(tmp_path: Path) -> None:
+    assert held(run_alone(DRIVER, str(tmp_path)), 0) == CHECKS
+
+
+@pytest.mark.ranks
+def test_two_ranks_save_and_load_asynchronously(tmp_path: Path) -> None:
+    output = run_ranks(2, DRIVER, str(tmp_path), timeout_s=280).output
+    for rank in range(2):
+        assert held(output, rank) == CHECKS
+
+
+def test_the_example_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    found = re.search(r"### One call.*?```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert found is not None
+    (tmp_path / "example.py").write_text(found[1])
+    port = free_port()
+    env = {**rank_environment(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+           "PYTHONPATH": str(ROOT)}  # fmt: skip
+    try:
+        done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=env, timeout=200,
+                              capture_output=True, text=True)  # fmt: skip
+    finally:
+        remove_shared_memory(port)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "durable at step 10" in done.stdout and "back at step 10, epoch 1" in done.stdout
