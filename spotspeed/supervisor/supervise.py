@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -120,10 +121,11 @@ def await_durable(path: str, epoch: int, say: Callable[[str], None]) -> bool:
     try:
         session = find_saver(path)
         if session is not None:
-            try:
+            with contextlib.closing(session):
                 session.drain(MAX_STEP, timeout_s=DRAIN_TIMEOUT_S)
-            finally:
-                session.close()
+    except SpotSpeedError as error:
+        say(f"the saver for {path}: {error}")
+    try:
         found = list_sealed(open_storage(path))
     except SpotSpeedError as error:
         say(f"{path}: {error}")

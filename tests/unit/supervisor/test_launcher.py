@@ -1,0 +1,99 @@
+"""Command lines, hostfiles and the start of a launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from spotspeed.cli_job import parse_plan
+from spotspeed.core.relaunch import Batch
+from spotspeed.errors import ConfigError
+from spotspeed.supervisor.hosts import (
+    Host,
+    reachable,
+    read_batch,
+    read_hostfile,
+    write_hostfile,
+)
+from spotspeed.supervisor.launcher import Launch, Place, fill
+
+
+def test_placeholders_are_filled_in_everywhere() -> None:
+    command = ["mpirun", "-n", "{ranks}", "--hostfile={hostfile}", "x", "--port", "{port}"]
+    filled = fill(command, Place(3, "hosts", 7))
+    assert filled == ["mpirun", "-n", "3", "--hostfile=hosts", "x", "--port", "7"]
+
+
+def test_a_placeholder_without_a_value_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"\{ranks\}"):
+        fill(["mpirun", "-n", "{ranks}"], Place())
+
+
+@pytest.mark.parametrize(("command", "filled"), [
+    (["a/deepspeed", "x.py"], ["a/deepspeed", "--master_port=7", "x.py"]),
+    (["torchrun", "x.py"], ["torchrun", "--master-port=7", "x.py"]),
+    (["torchrun", "--master_port", "5", "x.py"], ["torchrun", "--master_port", "5", "x.py"]),
+    (["torchrun", "--standalone", "x.py"], ["torchrun", "--standalone", "x.py"]),
+    (["mpirun", "x"], ["mpirun", "x"]),
+])  # fmt: skip
+def test_launchers_that_choose_the_port_by_an_option_get_a_new_one(
+    command: list[str], filled: list[str]
+) -> None:
+    assert fill(command, Place(port=7)) == filled
+    assert fill(command, Place()) == command
+
+
+def test_the_launchers_own_options_are_not_the_supervisors() -> None:
+    plan = parse_plan(["--ranks", "4", "mpirun", "--ranks", "9", "--relaunch", "x", "--win", "3"])
+    assert plan.command == ("mpirun", "--ranks", "9", "--relaunch", "x", "--win", "3")
+    assert plan.ranks == 4 and not plan.relaunch
+
+
+def test_a_launcher_leads_a_session_with_a_clean_signal_mask(tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        code = f"(ps -o sid= -p $$; grep SigBlk /proc/$$/status) > {file}; exit 75"
+        launch = Launch(["sh", "-c", code], os.environ, set())
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    deadline = time.monotonic() + 60
+    while (exit_code := launch.poll()) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert exit_code == 75
+    session, _, mask = file.read_text().split()
+    assert (int(session), int(mask, 16)) == (launch.pid, 0)
+
+
+def test_a_launcher_that_does_not_exist_is_an_error_that_names_it() -> None:
+    with pytest.raises(ConfigError, match="no-such-launcher"):
+        Launch(["no-such-launcher"], os.environ, set())
+
+
+def test_a_hostfile_is_read_written_and_cut_to_the_hosts_that_answer(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("# ours\na slots=4\nb slots = 2  # slow\n\nc\n")
+    hosts = read_hostfile(str(file))
+    assert hosts == [Host("a", 4), Host("b", 2), Host("c", 1)]
+    left = reachable(hosts, lambda name: name != "b")
+    write_hostfile(str(file), left)
+    assert read_hostfile(str(file)) == [Host("a", 4), Host("c", 1)]
+
+
+def test_a_line_that_is_no_host_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("a slots=4\nb max-slots=x y\n")
+    with pytest.raises(ConfigError, match="hosts:2"):
+        read_hostfile(str(file))
+
+
+def test_the_batch_is_that_of_the_config_or_none(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text('{"train_batch_size": 6, "train_micro_batch_size_per_gpu": 2}')
+    assert read_batch(str(file)) == Batch(6, 2)
+    file.write_text('{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 2}')
+    assert read_batch(str(file)) is None
