@@ -7,12 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from spotspeed import dropin, events
 from spotspeed.checkpoint.agreement import Exchange
 from spotspeed.checkpoint.named import NamedSave
-from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
+from spotspeed.checkpoint.queue import SaveHandle, SaveQueue, report
 from spotspeed.checkpoint.register import SaveRegister
 from spotspeed.checkpoint.restore import Restored, Seat, restore_agreed
 from spotspeed.checkpoint.save import begin_save, share_bytes
@@ -20,8 +20,8 @@ from spotspeed.checkpoint.session import Session, open_session
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import Cut, GateVerdict
 from spotspeed.core.manifest import Manifest, Ticket
-from spotspeed.errors import ConfigError, SpotSpeedError
-from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch, watch_refusals
+from spotspeed.errors import ConfigError, LeavingError, SpotSpeedError
+from spotspeed.exit import EXIT_NOT_DURABLE, LOSS_ERRORS, ExitWatch, watch_refusals
 from spotspeed.state import boundary, loader_guard
 from spotspeed.state.cursor import Cursor
 from spotspeed.state.engine import Engine, rank_of, require_block, world_size_of
@@ -84,6 +84,8 @@ class Checkpointer:
             raise ConfigError("restore() must come before the first step")
         try:
             self._restored = restore_agreed(self.storage, self.seat, tag=tag)
+        except LeavingError:
+            self._leave("before the first step")
         except SpotSpeedError:
             # What is in the engine now is no state of the run: nothing of it may be saved.
             self._detach()
@@ -195,7 +197,10 @@ class Checkpointer:
             self._register.settle(CLOSE_TIMEOUT_S)
             if last is not None:
                 last.wait(CLOSE_TIMEOUT_S)
-            self._session.coordinator.close(CLOSE_TIMEOUT_S)
+            if self._session.coordinator.close(CLOSE_TIMEOUT_S) is GateVerdict.LEAVE:
+                self._leave("while closing")
+        except LeavingError:
+            self._leave("while closing")
         finally:
             self._detach()
 
@@ -222,7 +227,7 @@ class Checkpointer:
         if held_s > STALL_REPORT_S:
             events.emit(events.Stalled("staging", held_s, int(engine.global_steps)))
         if self._session.coordinator.gate(int(engine.global_steps) + 1) is GateVerdict.LEAVE:
-            self._leave_at_gate()
+            self._leave("at the gate of the next step")
 
     def after_update(self, engine: Any) -> None:
         """A step is complete: keep what the next forward changes, and save if it is time."""
@@ -249,6 +254,9 @@ class Checkpointer:
         coordinator = self._session.coordinator
         if self._restored is not None and cut.step == self._restored.step:
             return coordinator.report_durable(cut.round, self._restored.digest)
+        if cut.lost:
+            why = f"rank {cut.lost[0]} is lost, and its part of step {cut.step} with it"
+            return coordinator.report_failed(cut.round, why)
         attempt, reason = cut.attempt, "notice" if cut.stop else "periodic"
         if self._is_on_grid(cut.step):
             attempt, reason = "p", "periodic"
@@ -261,19 +269,7 @@ class Checkpointer:
         if handle is None:
             return coordinator.report_failed(cut.round, "the state is being replaced by a load")
 
-        def staged(future: Any) -> None:
-            if future.exception() is None:
-                coordinator.report_staged(cut.round)
-
-        def durable(future: Any) -> None:
-            error = future.exception()
-            if error is None:
-                coordinator.report_durable(cut.round, future.result().digest)
-            else:
-                coordinator.report_failed(cut.round, str(error))
-
-        handle.staging_completion.add_done_callback(staged)
-        handle.upload_completion.add_done_callback(durable)
+        report(handle, coordinator, cut.round)
 
     def on_outcome(self, cut: Cut, digest: str | None, why: str) -> None:
         """All ranks know how the cut ended; a copy that is not staged by now is not wanted."""
@@ -348,31 +344,31 @@ class Checkpointer:
         is_durable = self._outcome is not None and self._outcome[1] is not None
         return self.config.on_interrupt.exit_code if is_durable else EXIT_NOT_DURABLE
 
-    def _leave_at_gate(self) -> None:
+    def _leave(self, where: str) -> NoReturn:
+        """End the thread that trains, or the one that closes after it; then the process ends."""
         code = self._exit_code()
-        for name in self.config.notice.signals:
-            signal.signal(signal.Signals[name], signal.SIG_IGN)
-        self._say_goodbye("at the gate of the next step")
+        if threading.current_thread() is threading.main_thread():
+            for name in self.config.notice.signals:
+                signal.signal(signal.Signals[name], signal.SIG_IGN)
+        self._say_goodbye(where)
         self._detach()
         self._exit.hasten(code)
         raise SystemExit(code)
 
     def _say_goodbye(self, where: str) -> None:
-        if self._outcome is not None and self._outcome[1] is not None:
-            text = f"interrupted, durable at step {self._outcome[0].step}"
-        else:
-            why = self._outcome[2] if self._outcome else where
-            newest = self._session.newest_tag()
-            text = f"interrupted, nothing newer than {newest} is known durable ({why})"
+        text = self._session.farewell(self._outcome, where)
         sys.stderr.write(f"spotspeed: rank {self.rank}: {text}; leaving with {self._exit_code()}\n")
         sys.stderr.flush()
 
-    def _close_at_exit(self, has_failed: bool) -> None:
+    def _close_at_exit(self, error: BaseException | None) -> None:
         """The process ends and nobody has called close()."""
-        if has_failed:
-            self._detach()
-        else:
-            self.close()
+        if error is None:
+            return self.close()
+        if isinstance(error, LOSS_ERRORS):
+            timeout_s = self.config.coordinator.peer_timeout_s
+            if self._session.coordinator.await_departure(timeout_s):
+                self.leave("after an error")
+        self._detach()
 
     def _detach(self) -> None:
         if not self._is_closed:

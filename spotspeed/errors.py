@@ -16,6 +16,7 @@ SpotSpeedError
 └── CoordinationError          the ranks could not agree
     ├── PeerLostError          a rank is gone or silent
     ├── CutTimeoutError        the ranks did not reach one step in time
+    ├── LeavingError           all ranks leave, and agree on nothing else any more
     └── OwnedError             the path belongs to another living job
 """
 
@@ -103,6 +104,10 @@ class PeerLostError(CoordinationError):
 
 class CutTimeoutError(CoordinationError):
     """The ranks did not all reach the agreed step before the deadline."""
+
+
+class LeavingError(CoordinationError):
+    """All ranks leave, on a notice or after a loss, and agree on nothing else any more."""
 
 
 class OwnedError(CoordinationError):

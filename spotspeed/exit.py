@@ -14,7 +14,13 @@ import traceback
 from collections.abc import Callable
 from types import TracebackType
 
-from spotspeed.errors import ConfigError, CoordinationError, OwnedError, ReshardError
+from spotspeed.errors import (
+    ConfigError,
+    CoordinationError,
+    LeavingError,
+    OwnedError,
+    ReshardError,
+)
 from spotspeed.supervised import tell
 
 EXIT_NOT_DURABLE = 76
@@ -23,6 +29,8 @@ EXIT_BROKEN_PROMISE = 76
 NO_REQUEUE_ERRORS = (ConfigError, OwnedError, ReshardError)
 REQUEUE_ERRORS = (CoordinationError,)
 """Other ranks are gone, or a notice came before there was anything to save."""
+LOSS_ERRORS = (RuntimeError, OSError, CoordinationError)
+"""What a rank sees when another is gone: libraries raise these out of a collective."""
 
 
 class ExitWatch:
@@ -33,9 +41,9 @@ class ExitWatch:
     ever; then the process leaves with the code that fits it.
     """
 
-    def __init__(self, close: Callable[[bool], None]) -> None:
+    def __init__(self, close: Callable[[BaseException | None], None]) -> None:
         self._close = close
-        self._failed = False
+        self._error: BaseException | None = None
         self._expected: int | None = None
         self._is_disarmed = False
         self._previous_hook = sys.excepthook
@@ -85,7 +93,10 @@ class ExitWatch:
         if self._is_disarmed:
             return
         try:
-            self._close(self._failed)
+            self._close(self._error)
+            code = _code_of(type(self._error)) if self._expected is None else self._expected
+            if code is not None:
+                self.now(code)
         except Exception:  # the last thing this process does: report it and leave with a code
             traceback.print_exc()
             self.now(EXIT_BROKEN_PROMISE)
@@ -93,12 +104,11 @@ class ExitWatch:
     def _on_unhandled(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        self._failed = True
-        self._previous_hook(kind, error, trace)
-        if self._expected is not None:
-            self.now(self._expected)
-        code = _code_of(kind)
-        if code is not None:
+        self._error = error
+        if not issubclass(kind, LeavingError):
+            self._previous_hook(kind, error, trace)
+        code = _code_of(kind) if self._expected is None else self._expected
+        if code is not None and not issubclass(kind, LOSS_ERRORS):
             self.now(code)
 
 
@@ -126,7 +136,7 @@ class _RefusalHook:
             os._exit(code)
 
 
-def _code_of(kind: type[BaseException]) -> int | None:
+def _code_of(kind: type[object]) -> int | None:
     """The exit code that tells a scheduler what an unhandled error of ours means for it."""
     if issubclass(kind, NO_REQUEUE_ERRORS):
         return EXIT_DO_NOT_REQUEUE

@@ -24,7 +24,7 @@ from spotspeed.checkpoint.processes import this_process
 from spotspeed.checkpoint.restore import Restored
 from spotspeed.config import NoticeConfig, SpotSpeedConfig
 from spotspeed.coordinator.bootstrap import bootstrap
-from spotspeed.coordinator.coordinator import Coordinator, CutListener
+from spotspeed.coordinator.coordinator import Coordinator, Cut, CutListener
 from spotspeed.coordinator.notice import Notice, NoticeSource, configured_sources
 from spotspeed.core.manifest import MAX_STEP, Manifest
 from spotspeed.errors import (
@@ -84,6 +84,13 @@ class Session:
         except SpotSpeedError as error:
             return f"an unknown checkpoint ({error})"
         return f"{found[0].tag!r} (step {found[0].step})" if found else "the start"
+
+    def farewell(self, outcome: tuple[Cut, str | None, str] | None, where: str) -> str:
+        """How this rank ends: what the last cut came to, or where the rank was without one."""
+        if outcome is not None and outcome[1] is not None:
+            return f"interrupted, durable at step {outcome[0].step}"
+        why = outcome[2] if outcome else where
+        return f"interrupted, nothing newer than {self.newest_tag()} is known durable ({why})"
 
     def close(self, *, is_done: bool) -> None:
         """Let go of the saver; what is staged is still written by it.

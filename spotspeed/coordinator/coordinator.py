@@ -35,7 +35,7 @@ from spotspeed.core.cut import CutMachine
 from spotspeed.core.cut_actions import Action, Timing
 from spotspeed.core.cut_gate import OPEN
 from spotspeed.core.cut_messages import Cut, Wish
-from spotspeed.errors import CoordinationError, CutTimeoutError, PeerLostError
+from spotspeed.errors import CoordinationError, CutTimeoutError, LeavingError, PeerLostError
 
 __all__ = ["Coordinator", "Cut", "CutListener", "GateVerdict"]
 
@@ -44,6 +44,8 @@ LEAVE_GRACE_S = 1.5
 """How long the main thread may take to the gate once all ranks may leave."""
 REARM_S = 2.0
 STALL_REPORT_S = 1.0
+LOSS_SIGN_S = 1.0
+"""How long a rank whose collective has failed waits for the news that another is gone."""
 DRAIN_S = 1.0
 
 
@@ -167,7 +169,7 @@ class Coordinator:
         """Everybody's `value` by rank; every rank calls it, with equal labels, in equal order.
 
         Raises CoordinationError naming ranks when one is missing after `timeout_s` or is elsewhere
-        in the program, PeerLostError when one is gone.
+        in the program, PeerLostError when one is gone, LeavingError when all leave.
         """
         if len(value) * self._world_size > ENCODED_BYTES_MAX // 2:
             raise CoordinationError(
@@ -192,6 +194,25 @@ class Coordinator:
             control.stop(DRAIN_S if timeout_s > 0 else 0.0)
             self._signals.close()
         return verdict
+
+    def await_departure(self, timeout_s: float) -> bool:
+        """For a rank that trains no more: whether all leave, and this one may, too.
+
+        Waits for the news of a lost rank or a notice, and with one up to `timeout_s` in all.
+        """
+        control, began = self._control, time.monotonic()
+        with self._lock:
+            while control.departed is None and not control.is_over:
+                machine = self._machine
+                is_ending = bool(machine.lost) or any(
+                    held.cut.stop for held in machine.member.rounds.values()
+                )
+                left = began + (timeout_s if is_ending else LOSS_SIGN_S) - time.monotonic()
+                if left <= 0:
+                    break
+                self._lock.wait(left)
+            control.has_reached = control.departed is not None
+            return control.has_reached or bool(self._machine.lost)
 
     # Inside.
 
@@ -254,6 +275,8 @@ class Coordinator:
         if result.values is not None:
             return list(result.values)
         kind = PeerLostError if self._machine.lost else CoordinationError
+        if control.departed is not None:
+            kind = LeavingError
         raise kind(f"exchange {label!r}: {result.why}")
 
     def _check_alive(self) -> None:
