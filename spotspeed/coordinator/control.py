@@ -292,7 +292,8 @@ class Control:
 
     def _tell_agreed(self, cut: Cut) -> None:
         latency_s = time.monotonic() - self._heard_at if self._heard_at is not None else 0.0
-        events.emit(events.Agreed(cut.step & STEP_MASK, cut.round, cut.stop, latency_s))
+        agreed = events.Agreed(cut.step & STEP_MASK, cut.round, cut.stop, latency_s)
+        self._tell(lambda: events.emit(agreed))
         self._heard_at = None
 
     def _tell_waiting(self, action: Departed | AllClosed | Exchanged) -> None:

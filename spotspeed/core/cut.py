@@ -1,7 +1,7 @@
 """The cut: how all ranks agree on one step, save it, and leave together. One machine per rank.
 
 Pure: messages and local events in, actions out, time as an argument. The ranks of a step are
-coupled by its collectives, so nobody may stop early. The rule (docs/adr, "The cut rule"):
+coupled by its collectives, so nobody may stop early. The rule (docs/adr/0004-cut-rule.md):
 
 1. A wish (save, stop) goes to the leader, the lowest living rank, again and again until heard.
 2. PREPARE: every rank locks its gate, between two instructions of its training, and answers with
