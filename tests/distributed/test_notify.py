@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from spotspeed.supervisor.notifying import paths_here
 from spotspeed.testing.metadata import MetadataService
 from tests.distributed.job import Job
 from tests.ranks import ROOT
@@ -28,6 +29,7 @@ def test_notify_with_wait_returns_when_the_last_step_is_durable(tmp_path: Path) 
     job = Job(tmp_path / "job")
     with job.start(2) as launch:
         launch.wait_step(3)
+        assert str(job.path) in paths_here(), "--all would tell it as well"
         done = run("notify", str(job.path), "--wait", "--deadline", "60", "--json")
         sealed = job.sealed()
         finished = launch.finish()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.distributed.job import Job, Launch, Launcher, by_deepspeed, by_mpirun, scripts
@@ -20,9 +22,9 @@ def by_torchrun(ranks: int, port: int) -> list[str]:
             "--"]  # fmt: skip
 
 
-def plain_launch(folder: Path, code: str) -> Launch:
+def plain_launch(folder: Path, code: str, *options: str) -> Launch:
     """A supervised Python program that takes itself for a rank and knows nothing of spotspeed."""
-    words = [sys.executable, "-m", "spotspeed", "supervise", "--", "env", "RANK=0",
+    words = [sys.executable, "-m", "spotspeed", "supervise", *options, "--", "env", "RANK=0",
              sys.executable, "-c", code]  # fmt: skip
     return Launch(Job(folder / "plain"), free_port(), words)
 
@@ -115,3 +117,36 @@ def test_the_second_ctrl_c_ends_everything_now(tmp_path: Path) -> None:
         finished = launch.finish()
     assert finished.returncode == 137, finished.output
     assert "told to stop now" in finished.output
+
+
+def test_a_rank_that_does_not_leave_is_ended_when_the_time_is_over(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(signal.SIGUSR1, print); print('up', flush=True)"
+    program = f"{code}\nwhile True: time.sleep(1)"
+    with plain_launch(tmp_path, program, "--deadline", "1", "--relaunch") as launch:
+        launch.wait_until(lambda: "up" in launch.output)
+        launch.process.send_signal(signal.SIGTERM)
+        finished = launch.finish()
+    assert finished.returncode == 143, finished.output
+    assert "the time is over" in finished.output
+    assert "starting again" not in finished.output, "the supervisor itself was told to leave"
+
+
+def test_input_output_and_exit_code_are_the_launchers_own() -> None:
+    words = [sys.executable, "-m", "spotspeed", "supervise", "--", "sh", "-c",
+             "read word; echo $word; echo error >&2; exit 9"]  # fmt: skip
+    done = subprocess.run(words, input="hello\n", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (9, "hello\n")
+    assert done.stderr.startswith("error\nspotspeed supervise: failed with exit code 9")
+
+
+def test_mpirun_that_is_told_to_end_itself_leaves_a_durable_step(tmp_path: Path) -> None:
+    """mpirun gives its ranks half a second; what they have staged the saver finishes."""
+    job = Job(tmp_path / "job")
+    with job.start(2, launcher=supervised(by_mpirun)) as launch:
+        launch.wait_step(3)
+        children = psutil.Process(launch.process.pid).children()
+        (mpirun,) = [child for child in children if "mpirun" in " ".join(child.cmdline())]
+        mpirun.send_signal(signal.SIGTERM)
+        finished = launch.finish()
+    is_whole = bool(job.sealed()) and job.sealed()[0] == launch.records()[-1]["step"]
+    assert (finished.returncode == 75) is is_whole, finished.output[-6000:]
