@@ -1,7 +1,8 @@
-"""The commands that exchange checkpoints with other tools: export and import."""
+"""The commands that exchange checkpoints with other tools or compare two of them."""
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import sys
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 from spotspeed.checkpoint.catalog import find
+from spotspeed.checkpoint.compare import compare
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.safetensors import export_safetensors
 from spotspeed.errors import ConfigError
@@ -47,6 +49,7 @@ def register(
     """Add the commands to `app`; `reported` turns errors of ours into exit codes."""
     app.command()(reported(export))
     app.command("import")(reported(import_))
+    app.command("compare")(reported(compare_))
 
 
 def export(
@@ -110,6 +113,36 @@ def import_(
         sys.stderr.write(f"note: {note}\n")
     sys.stdout.write(f"{to}/{ticket.directory}: {ticket.tag}, step {ticket.step}, "
                      f"{done.manifest.data_bytes} bytes\n")  # fmt: skip
+
+
+def compare_(
+    first: Annotated[str, typer.Argument(help="Directory or URL of the checkpoints.")],
+    second: Annotated[str, typer.Argument(help="Directory or URL of others, or the same.")],
+    first_tag: Annotated[
+        str | None, typer.Option(help="Tag or directory; the newest if left out.")
+    ] = None,
+    second_tag: Annotated[
+        str | None, typer.Option(help="Tag or directory; the newest if left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Compare two checkpoints bit by bit, whatever ranks wrote them; exit 1 if they differ."""
+    readers = []
+    for path, tag in ((first, first_tag), (second, second_tag)):
+        storage = open_storage(path)
+        info = find(storage, tag)
+        readers.append(CheckpointReader.open(storage, info.directory, digest=info.digest))
+    done = compare(*readers)
+    if as_json:
+        document = {"is_same": done.is_same, **asdict(done)}
+        sys.stdout.write(json.dumps(document, indent=2, sort_keys=True) + "\n")
+    else:
+        for difference in done.differences:
+            sys.stdout.write(f"{difference.what}: {difference.how}\n")
+        word = "the same bits" if done.is_same else f"{len(done.differences)} differences"
+        sys.stdout.write(f"{done.tensors} tensors, {done.size_bytes} bytes: {word}\n")
+    if not done.is_same:
+        raise typer.Exit(1)
 
 
 def _refuse(target: Target, *options: tuple[str, object]) -> None:
