@@ -25,6 +25,15 @@ def test_after_an_interruption_the_losses_are_bitwise_those_of_deepspeed_alone(
     interrupt_and_resume(Job(tmp_path / "job", stage), launcher, number, references)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_notice_among_saves_of_every_step_resumes_bitwise(
+    stage: int, tmp_path: Path, references: References
+) -> None:
+    block = {"interval": {"steps": 1, "seconds": None}, "keep": {"last": 2}}
+    interrupt_and_resume(Job(tmp_path / "job", stage, block), by_mpirun, signal.SIGUSR1, references)
+
+
 def interrupt_and_resume(
     job: Job, launcher: Launcher, number: signal.Signals, references: References
 ) -> None:
