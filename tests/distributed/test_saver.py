@@ -178,7 +178,7 @@ def test_the_saver_leaves_within_seconds_and_nothing_of_it_stays(path: Path) -> 
     log = Path(f"/tmp/spotspeed-{os.getuid()}") / f"{saver_address(str(path))}.log"
     assert not log.exists()
     names = {file.name for file in path.rglob("*") if file.is_file()}
-    assert names == {"rank-00000.shard", "rank-00000.receipt", "manifest.json", "latest"}
+    assert names == {"rank-00000.shard", "rank-00000.receipt", "manifest.json", "latest.json"}
 
 
 def test_the_saver_is_a_process_of_its_own(path: Path) -> None:
