@@ -69,7 +69,8 @@ def export_deepspeed(
     """
     if target.stage not in STAGES or target.ranks < 1:
         raise UnsupportedLayoutError(
-            f"ZeRO stage {target.stage} on {target.ranks} ranks: stages 1, 2 and 3 can be written"
+            f"ZeRO stage {target.stage} on {target.ranks} ranks cannot be written: give --stage 1, "
+            f"2 or 3, as in the config of the engine that is going to load it"
         )
     if storage.list(tag):
         raise ConfigError(f"{storage.url}/{tag}: there is something already; choose another place")
@@ -324,13 +325,22 @@ def _scalar(source: _Source, names: Sequence[str], kind: str) -> Any:
 
 
 def _scaler(source: _Source) -> tuple[Any, bool]:
-    """DeepSpeed's scaler object with the stored progress."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    """DeepSpeed's scaler object with the stored progress, and whether it is dynamic."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-    loss = (source.model.job.get("scaler") or {}).get("loss")
-    if loss is not None and loss["is_dynamic"]:
+    loss = (source.model.job.get("scaler") or {}).get("loss") or {"is_dynamic": False, "fields": {}}
+    fields, settings = loss["fields"], source.said.get("loss_scale")
+    if not loss["is_dynamic"]:
+        return LossScaler(scale=fields.get("cur_scale", 1.0)), False
+    if settings is None:
         raise UnsupportedLayoutError(
-            "dynamic loss scaling: DeepSpeed stores the scaler's settings with its progress, and "
-            "this checkpoint has the progress alone; restore with spotspeed instead"
+            "dynamic loss scaling: DeepSpeed's files hold the scaler's settings, which this "
+            "checkpoint has not; restore it with spotspeed and save it once more"
         )
-    return LossScaler(scale=1.0 if loss is None else loss["fields"].get("cur_scale", 1.0)), False
+    made = DynamicLossScaler(
+        fields["cur_scale"], settings["scale_window"], settings["min_scale"],
+        settings["delayed_shift"], settings["consecutive_hysteresis"],
+    )  # fmt: skip
+    for name, value in {**settings, **fields}.items():
+        setattr(made, name, value)
+    return made, True

@@ -10,6 +10,7 @@ import torch
 
 from spotspeed.core.layout import StoredTensor, TensorKey
 from spotspeed.errors import CaptureError, UnsupportedLayoutError
+from spotspeed.state import scaler
 from spotspeed.state.bf16 import Bf16Layout
 from spotspeed.state.buffers import transient_buffers
 from spotspeed.state.capture import expected_bytes, live_pieces, underived_pieces
@@ -209,6 +210,8 @@ class EngineState:
             },
             "groups": self.group_names(),
             "aliases": self.aliases(),
+            "round_robin": bool(getattr(self._engine.optimizer, "round_robin_gradients", False)),
+            "loss_scale": scaler.settings(self._engine),
             "transient_buffers": transient_buffers(self._engine.module),
         }
 

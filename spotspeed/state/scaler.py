@@ -12,6 +12,8 @@ from typing import Any
 
 _PROGRESS = ("cur_iter",)
 _DYNAMIC = ("cur_scale", "last_overflow_iter", "cur_hysteresis")
+_SETTINGS = ("scale_window", "min_scale", "delayed_shift", "consecutive_hysteresis",
+             "raise_error_at_min_scale", "scale_factor")  # fmt: skip
 
 
 def capture(engine: Any) -> dict[str, Any]:
@@ -40,6 +42,17 @@ def describe(captured: Mapping[str, Any]) -> dict[str, Any]:
         scale, growth = captured["grad"]
         described["grad"] = {"scale": float(scale), "growth": int(growth)}
     return described
+
+
+def settings(engine: Any) -> dict[str, Any] | None:
+    """What the configuration fixes of a dynamic loss scale; None where it is not dynamic.
+
+    Nobody restores it here; DeepSpeed's own files hold it beside the progress.
+    """
+    scaler = _scaler(engine)
+    if scaler is None or not _is_dynamic(scaler):
+        return None
+    return {name: getattr(scaler, name) for name in _SETTINGS if hasattr(scaler, name)}
 
 
 def apply(engine: Any, state: Mapping[str, Any]) -> list[str]:

@@ -15,12 +15,13 @@ from spotspeed.cli import app
 from tests.ranks import ROOT, run_ranks
 
 DRIVER = "tests/distributed/drivers/exchange.py"
-CASES = ["bf16opt", "z1-bf16", "z2-fp32", "z2-rr", "z2-sgd", "z3-bf16"]
+CASES = ["bf16opt", "z1-bf16", "z2-fp32", "z2-rr", "z2-sgd", "z3-bf16", "z2-dynamic"]
 MOVED = {"z2-fp32": ("z3-fp32", 3, 40), "z3-bf16": ("z2-bf16", 2, None),
-         "bf16opt": ("z1-bf16", 1, None), "z2-rr": ("z2-rr", 2, None)}  # fmt: skip
+         "bf16opt": ("z1-bf16", 1, None), "z2-rr": ("z2-rr", 2, None),
+         "z2-dynamic": ("z2-dynamic", 2, None)}  # fmt: skip
 """Case on 2 ranks -> case on 3 ranks, its ZeRO stage, its sub_group_size."""
 RESTORED = {"z2-fp32": "z3-fp32", "z3-bf16": "z2-bf16", "bf16opt": "z3-bf16", "z1-bf16": "bf16opt",
-            "z2-rr": "z2-rr", "z2-sgd": "z3-sgd"}  # fmt: skip
+            "z2-rr": "z2-rr", "z2-sgd": "z3-sgd", "z2-dynamic": "z2-dynamic"}  # fmt: skip
 """Case that DeepSpeed saved on 2 ranks -> case that spotspeed restores on 3."""
 
 pytestmark = pytest.mark.ranks
@@ -61,7 +62,7 @@ def check_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert saved.keys() == wanted.keys()
     different = [name for name, value in wanted.items() if not same_bits(saved[name], value)]
     assert not different
-    for name in ("step", "samples", "lr"):
+    for name in ("step", "samples", "lr", "skipped"):
         assert found[name] == expected[name], name
 
 
@@ -86,6 +87,7 @@ def test_deepspeed_loads_an_export_and_trains_as_if_never_stopped(
 ) -> None:
     found = loaded[f"{case}:{case}/export-2"]
     check_state(found, trained[case])
+    assert found["scale"] == trained[case]["scale"]
     assert found["losses"] == trained[case]["losses"]
     end = trained[case]["end"].tensors
     assert all(same_bits(found["end"].tensors[name], value) for name, value in end.items())

@@ -23,14 +23,20 @@ from state_model import CASES, Case, build, train
 from state_snapshot import snapshot
 
 import spotspeed
+from spotspeed.state import scaler
 from spotspeed.state.provider import provider_for
 
+DYNAMIC = replace(CASES["z2-fp32"], name="z2-dynamic", config={
+    **CASES["z2-fp32"].config,
+    "fp16": {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 2, "hysteresis": 1},
+})  # fmt: skip
+"""fp16 with a loss scale that overflows first and moves within a few steps."""
 STEPS = 3
 """Steps before the save, and again after it."""
 
 
 def engine_of(name: str, *, seed: int, path: Path | None = None) -> Any:
-    case: Case = CASES[name]
+    case: Case = CASES.get(name, DYNAMIC)
     config = {**case.config, "scheduler": {"type": "WarmupLR", "params": {
         "warmup_num_steps": 50, "warmup_max_lr": [2e-2, 1e-2, 3e-2]}}}  # fmt: skip
     if path is not None:
@@ -44,7 +50,8 @@ def go_on(engine: Any) -> dict[str, Any]:
     provider = provider_for(engine)
     saved = snapshot(provider)
     result = {"saved": saved, "step": engine.global_steps, "lr": engine.get_lr(),
-              "samples": engine.global_samples}  # fmt: skip
+              "samples": engine.global_samples, "skipped": engine.skipped_steps,
+              "scale": scaler.describe(scaler.capture(engine))}  # fmt: skip
     losses = train(engine, STEPS)
     return {**result, "losses": losses, "end": snapshot(provider)}
 
