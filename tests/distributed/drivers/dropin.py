@@ -36,6 +36,24 @@ def check_another_engine_loads_at_once_and_goes_on_alike() -> None:
         other.destroy()
 
 
+def check_half_precision_and_bare_optimizers() -> None:
+    bf16 = {"bf16": {"enabled": True}}
+    momentum = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    cases = ((1, bf16), (3, bf16), (0, {"optimizer": momentum}), (1, {"optimizer": momentum}))
+    for number, (stage, changes) in enumerate(cases):
+        path = FOLDER / f"case{number}"
+        engine = make(stage, path, **changes)
+        train(engine, 2)
+        engine.save_checkpoint(path / "out")
+        after = train(engine, 3)
+        other = make(stage, path, seed=2, **changes)
+        train(other, 1)
+        other.load_checkpoint(path / "out")
+        assert train(other, 3) == after, number
+        engine.destroy()
+        other.destroy()
+
+
 def check_any_moment_can_be_saved() -> None:
     engine = make(1, FOLDER / "moment")
     engine.save_checkpoint(FOLDER / "moment-out")

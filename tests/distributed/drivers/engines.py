@@ -54,7 +54,8 @@ def make(stage=0, path=None, *, attached=True, optimizer=None, seed=1, **changes
 def micro_step(engine):
     generator = torch.Generator().manual_seed(1000 * engine.global_steps + engine.micro_steps)
     x = torch.rand(1, 8, generator=generator) * (RANK + 1)
-    loss = engine(x).pow(2).mean()
+    dtype = next(engine.module.parameters()).dtype
+    loss = engine(x.to(dtype)).float().pow(2).mean()
     engine.backward(loss)
     engine.step()
     return loss.detach().item()
