@@ -137,10 +137,14 @@ def parse_block(block: object) -> SpotSpeedConfig:
             f'{{"{BLOCK}": {{"path": "/shared/checkpoints/run-1"}}}}'
         )
     try:
-        return SpotSpeedConfig.model_validate(dict(block))
+        config = SpotSpeedConfig.model_validate(dict(block))
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors()]
         raise ConfigError(f'the "{BLOCK}" block is not usable:\n  ' + "\n  ".join(lines)) from None
+    lines = _not_built(config)
+    if lines:
+        raise ConfigError(f'the "{BLOCK}" block is not usable:\n  ' + "\n  ".join(lines))
+    return config
 
 
 def find_block(config: Mapping[str, Any]) -> SpotSpeedConfig | None:
@@ -152,6 +156,20 @@ def near_misses(config: Mapping[str, Any]) -> list[str]:
     """Top-level keys that look like a misspelt "spotspeed" block."""
     others = [key for key in config if isinstance(key, str) and key != BLOCK]
     return difflib.get_close_matches(BLOCK, others, n=3, cutoff=0.8)
+
+
+def _not_built(config: SpotSpeedConfig) -> list[str]:
+    """Settings that are part of the block and that this version cannot honour."""
+    asked = {
+        "local_path": config.local_path is not None,
+        "interval.adaptive": config.interval.adaptive,
+        "staging.lazy": not config.staging.lazy,
+        "coordinator.transport": config.coordinator.transport is not None,
+        "elastic.indivisible": config.elastic.indivisible != "refuse",
+        "metrics.port": config.metrics.port is not None,
+    }
+    return [f"{key}: this version has only the default; leave the key out or null"
+            for key, is_asked in asked.items() if is_asked]  # fmt: skip
 
 
 def _explain(detail: Any) -> str:
