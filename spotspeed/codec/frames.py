@@ -15,6 +15,15 @@ from spotspeed.core.format import CODEC_PLANES, CODEC_RAW, CODEC_ZSTD
 from spotspeed.errors import FormatError
 
 ZSTD_LEVEL = 1
+_PLANE_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
+    ZSTD_LEVEL, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, window_log=17,
+    write_content_size=True, write_checksum=False,
+)  # fmt: skip
+"""For a byte plane, where almost all the gain is entropy coding and repetitions are chance.
+
+Effect on the exponents of trained state: ratio 3.16 at 0.57 GB/s, against 3.07 at 0.32 GB/s with
+level 1 as it is.
+"""
 _MAX_WINDOW_BYTES = 32 * 1024 * 1024
 _SAMPLE_BYTES = 16 * 1024
 _SAMPLES = 3
@@ -98,7 +107,7 @@ def _as_planes(view: memoryview, item_bytes: int) -> Frame:
     parts: list[Buffer] = []
     for number in range(item_bytes):
         plane = memoryview(planes)[number * count : (number + 1) * count]
-        packed = _compressor().compress(plane) if _promises(plane) else None
+        packed = _plane_compressor().compress(plane) if _promises(plane) else None
         if packed is not None and len(packed) < count * (1 - _PLANE_GAIN):
             parts.append(packed)
             sizes.append(len(packed) | _PLANE_IS_ZSTD)
@@ -115,7 +124,7 @@ def _promises(plane: memoryview) -> bool:
         return True
     middle = len(plane) // 2
     sample = plane[middle : middle + _SAMPLE_BYTES]
-    return len(_compressor().compress(sample)) < len(sample) * (1 - _PLANE_GAIN)
+    return len(_plane_compressor().compress(sample)) < len(sample) * (1 - _PLANE_GAIN)
 
 
 def _decode_planes(payload: memoryview, out: bytearray | memoryview, key: str) -> None:
@@ -173,4 +182,12 @@ def _compressor() -> zstandard.ZstdCompressor:
             level=ZSTD_LEVEL, write_content_size=True, write_checksum=False
         )
     compressor: zstandard.ZstdCompressor = _thread.compressor
+    return compressor
+
+
+def _plane_compressor() -> zstandard.ZstdCompressor:
+    """This thread's compressor for byte planes."""
+    if not hasattr(_thread, "plane_compressor"):
+        _thread.plane_compressor = zstandard.ZstdCompressor(compression_params=_PLANE_PARAMETERS)
+    compressor: zstandard.ZstdCompressor = _thread.plane_compressor
     return compressor
