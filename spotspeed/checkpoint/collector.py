@@ -13,6 +13,8 @@ from spotspeed.core.retention import Keep
 from spotspeed.errors import SpotSpeedError
 from spotspeed.storage.contract import Storage
 
+CLOSE_TIMEOUT_S = 2.0
+
 
 class Collector:
     """Removes what `keep` no longer keeps, each time it is told that something was sealed.
@@ -36,9 +38,9 @@ class Collector:
         self._wishes.put(True)
 
     def close(self) -> None:
-        """Finish what was begun and stop."""
+        """Stop, and wait a little for what was begun: a later launch removes what is left."""
         self._wishes.put(False)
-        self._thread.join()
+        self._thread.join(CLOSE_TIMEOUT_S)
 
     def _run(self) -> None:
         while self._wishes.get():

@@ -1,0 +1,152 @@
+"""A training that is interrupted at a chosen place: python stops.py CASE FOLDER.
+
+Ranks send themselves real signals. Where a case depends on who is where when the ranks agree, they
+wait until they hear that they have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+
+import spotspeed
+from spotspeed import events
+
+CASE, FOLDER = sys.argv[1], Path(sys.argv[2])
+RANK = int(os.environ["RANK"])
+STOP_STEP = 5
+PAUSE_S = 2
+AGREED_TIMEOUT_S = 60
+
+stop_agreed = threading.Event()
+
+
+def sink(event: events.Event) -> None:
+    if isinstance(event, events.Agreed) and event.stop:
+        stop_agreed.set()
+
+
+def notice(name: str = "SIGUSR1") -> None:
+    """This rank's machine goes away."""
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+def await_agreement() -> None:
+    assert stop_agreed.wait(AGREED_TIMEOUT_S), "no agreement"
+
+
+def pause() -> None:
+    """Stop this whole process for a while, shorter than the others' patience."""
+    with subprocess.Popen(["sh", "-c", f"sleep {PAUSE_S}; kill -CONT {os.getpid()}"]):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def build():
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(),
+        config={
+            "train_micro_batch_size_per_gpu": 2, "steps_per_print": 10**9,
+            "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+            "spotspeed": {
+                "path": str(FOLDER / "checkpoints"),
+                "interval": {"steps": STOP_STEP if CASE == "grid" else None, "seconds": None},
+            },
+        },
+    )  # fmt: skip
+    return engine
+
+
+def train(engine, last: int) -> None:
+    while engine.global_steps < last:
+        x = torch.full((2, 16), 0.1 * (engine.global_steps + RANK)).bfloat16()
+        engine.backward(engine(x).float().pow(2).mean())
+        engine.step()
+
+
+def grid(engine, checkpointer) -> None:
+    """Several wishes at once, a pause, and two notices at a step that is saved anyway."""
+    train(engine, 2)
+    if RANK != 1:
+        checkpointer.request_save()
+        checkpointer.request_save()
+    train(engine, 3)
+    if RANK == 1:
+        pause()
+    train(engine, STOP_STEP)
+    if RANK != 1:
+        notice("SIGUSR1" if RANK == 0 else "SIGTERM")
+    await_agreement()
+    train(engine, STOP_STEP + 3)
+
+
+def closing(engine, checkpointer) -> None:
+    """Rank 1 hears of the end of its machine while rank 0 is closing already."""
+    train(engine, 3)
+    if RANK == 1:
+        notice()
+        await_agreement()
+    checkpointer.close()
+
+
+def ending(engine, checkpointer) -> None:
+    """The same, where nobody calls close()."""
+    train(engine, 3)
+    if RANK == 1:
+        notice()
+        await_agreement()
+
+
+def killed(engine, checkpointer) -> None:
+    train(engine, 3)
+    checkpointer.save("good").wait(60)
+    train(engine, 5)
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    train(engine, 100)
+
+
+def hanging(engine, checkpointer) -> None:
+    """As NCCL has it: the collective of the others does not end when a rank dies."""
+    try:
+        killed(engine, checkpointer)
+    except RuntimeError:
+        time.sleep(1000)
+
+
+def failing(engine, checkpointer) -> None:
+    train(engine, 3)
+    checkpointer.save("good").wait(60)
+    train(engine, 5)
+    if RANK == 1:
+        raise ValueError("a mistake of the training script")
+    train(engine, 100)
+
+
+def main() -> None:
+    deepspeed.init_distributed("gloo", distributed_port=int(os.environ["MASTER_PORT"]))
+    events.add_sink(sink)
+    engine = build()
+    checkpointer = spotspeed.attach(engine)
+    if CASE == "starting" and RANK == 1:
+        notice()
+        await_agreement()
+    restored = checkpointer.restore()
+    (FOLDER / f"restored-{RANK}.json").write_text(json.dumps(restored and restored.step))
+    if CASE != "starting":
+        globals()[CASE](engine, checkpointer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Interruptions at awkward places, of real jobs by real signals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from spotspeed.checkpoint.catalog import scan
+from spotspeed.checkpoint.reader import CheckpointReader
+from spotspeed.staging.launch import saver_address
+from spotspeed.storage import open_storage
+from tests.ranks import ROOT, free_port, rank_environment, remove_shared_memory, run_ranks
+
+DRIVER = ROOT / "tests" / "distributed" / "drivers" / "stops.py"
+LAUNCH_TIMEOUT_S = 180
+SAVER_GONE_S = 30
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one rank without a launcher ended."""
+
+    returncode: int
+    stderr: str
+    at: float
+
+
+def run_alone(ranks: int, case: str, folder: Path) -> list[Ended]:
+    """The ranks as processes of nobody: nothing ends the others when one ends."""
+    port = free_port()
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+        processes.append(subprocess.Popen(
+            [sys.executable, str(DRIVER), case, str(folder)], cwd=ROOT,
+            env=rank_environment(port, place), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=(folder / f"stderr-{rank}").open("w"),
+        ))  # fmt: skip
+    ends: dict[int, float] = {}
+    deadline = time.monotonic() + LAUNCH_TIMEOUT_S
+    try:
+        while len(ends) < ranks and time.monotonic() < deadline:
+            for rank, process in enumerate(processes):
+                if process.poll() is not None:
+                    ends.setdefault(rank, time.monotonic())
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        remove_shared_memory(port)
+    texts = [(folder / f"stderr-{rank}").read_text() for rank in range(ranks)]
+    assert len(ends) == ranks, f"ranks {set(range(ranks)) - set(ends)} hang\n" + "\n".join(texts)
+    return [Ended(process.returncode, texts[rank], ends[rank])
+            for rank, process in enumerate(processes)]  # fmt: skip
+
+
+def sealed(folder: Path):
+    """What is sealed, newest first; every byte of it verified."""
+    storage = open_storage(str(folder / "checkpoints"))
+    catalog = scan(storage)
+    assert catalog.damaged == ()
+    for info in catalog.sealed:
+        CheckpointReader.open(storage, info.directory).verify()
+    return catalog
+
+
+def test_two_notices_at_a_periodic_step_stop_once_with_that_save(tmp_path):
+    finished = run_ranks(3, DRIVER, "grid", str(tmp_path), timeout_s=LAUNCH_TIMEOUT_S, check=False)
+    assert finished.returncode == 75, finished.output[-6000:]
+    assert finished.output.count("durable at step 5; leaving with 75") == 3, finished.output[-6000:]
+    catalog = sealed(tmp_path)
+    assert [(i.step, i.reason) for i in catalog.sealed if i.step == 5] == [(5, "periodic")]
+    assert any(i.step < 5 for i in catalog.sealed), "nothing of what was asked for twice"
+    assert catalog.unsealed == ()
+
+
+def test_a_notice_while_closing_ends_all_ranks_as_interrupted(tmp_path):
+    finished = run_ranks(2, DRIVER, "closing", str(tmp_path), timeout_s=LAUNCH_TIMEOUT_S,
+                         check=False)  # fmt: skip
+    assert finished.returncode == 75, finished.output[-6000:]
+    assert sealed(tmp_path).sealed[0].step == 3
+
+
+def test_a_notice_while_the_script_ends_ends_all_ranks_as_interrupted(tmp_path):
+    finished = run_ranks(2, DRIVER, "ending", str(tmp_path), timeout_s=LAUNCH_TIMEOUT_S,
+                         check=False)  # fmt: skip
+    assert finished.returncode == 75, finished.output[-6000:]
+    assert sealed(tmp_path).sealed[0].step == 3
+
+
+def test_a_notice_before_the_first_step_ends_all_ranks_at_once(tmp_path):
+    ended = run_alone(2, "starting", tmp_path)
+    texts = "\n".join(rank.stderr for rank in ended)
+    assert [rank.returncode for rank in ended] == [76, 76], texts
+    assert texts.count("leaving with 76") == 2, texts
+    assert sealed(tmp_path).sealed == ()
+
+
+def test_a_killed_rank_ends_the_others_with_76_and_the_newest_tag(tmp_path):
+    ended = run_alone(3, "killed", tmp_path)
+    texts = "\n".join(rank.stderr for rank in ended)
+    assert [rank.returncode for rank in ended] == [76, -9, 76], texts
+    assert "nothing newer than 'good' (step 3) is known durable" in ended[0].stderr, texts
+    assert "nothing newer than 'good' (step 3) is known durable" in ended[2].stderr, texts
+    assert max(rank.at for rank in ended) - ended[1].at < 20
+    assert [info.tag for info in sealed(tmp_path).sealed] == ["good"]
+    await_no_saver(tmp_path)
+
+
+def test_an_error_in_one_rank_ends_the_others_with_76(tmp_path):
+    ended = run_alone(3, "failing", tmp_path)
+    texts = "\n".join(rank.stderr for rank in ended)
+    assert [rank.returncode for rank in ended] == [76, 1, 76], texts
+    assert "a mistake of the training script" in ended[1].stderr
+    assert max(rank.at for rank in ended) - ended[1].at < 20
+    assert [info.tag for info in sealed(tmp_path).sealed] == ["good"]
+    await_no_saver(tmp_path)
+
+
+def await_no_saver(folder: Path) -> None:
+    """Nobody listens at the store's socket any more, soon."""
+    storage = open_storage(str(folder / "checkpoints"))
+    name = "@" + saver_address(storage.url).removeprefix("\0")
+    deadline = time.monotonic() + SAVER_GONE_S
+    while any(line.endswith(name) for line in Path("/proc/net/unix").read_text().splitlines()):
+        assert time.monotonic() < deadline, f"a saver still listens at {name}, {os.getpid()}"
+        time.sleep(0.1)
