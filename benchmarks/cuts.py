@@ -114,7 +114,7 @@ class Job:
 
     def of(self, what: str, since: float = 0.0) -> list[Record]:
         """The records of one kind, from that moment on."""
-        return [r for r in self.records if r["what"] == what and r["at"] >= since]
+        return [r for r in self.records if r["kind"] == what and r["at"] >= since]
 
     def await_all(self, what: str, timeout_s: float, since: float = 0.0) -> list[Record]:
         """The first record of that kind of every rank, by rank; raises Broken."""
@@ -230,9 +230,9 @@ def run_saves(folder: pathlib.Path, ranks: int, count: int, chance: random.Rando
                 check(job, cut)
             except Exception as error:
                 cut.complaint = f"{type(error).__name__}: {error}"
-                if job.process.poll() is not None:
-                    break
             tell(len(cuts), cut)
+            if job.process.poll() is not None:
+                break
     return cuts
 
 

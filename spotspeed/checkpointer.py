@@ -228,6 +228,7 @@ class Checkpointer:
             events.emit(events.Stalled("staging", held_s, int(engine.global_steps)))
         if self._session.coordinator.gate(int(engine.global_steps) + 1) is GateVerdict.LEAVE:
             self._leave("at the gate of the next step")
+        self._saves.close_window(self.config.staging.max_hold_s)  # captured at the gate: now staged
 
     def after_update(self, engine: Any) -> None:
         """A step is complete: keep what the next forward changes, and save if it is time."""

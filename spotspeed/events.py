@@ -142,6 +142,12 @@ def remove_sink(sink: Sink) -> None:
 
 
 def emit(event: Event) -> None:
-    """Hand `event` to every sink."""
+    """Hand `event` to every sink; one that raises is logged, for nobody here could go on without.
+
+    Events happen on the threads that hold a job together, and sinks are other people's code.
+    """
     for sink in tuple(_sinks):
-        sink(event)
+        try:
+            sink(event)
+        except Exception:
+            _logger.exception("a sink failed on: %s", event.describe())

@@ -41,8 +41,8 @@ class Log:
         """The sink of all events."""
         self.write(type(event).__name__.lower(), **dataclasses.asdict(event))
 
-    def write(self, what: str, **facts: Any) -> None:
-        record = {"what": what, "at": time.monotonic(), "rank": self._rank, "phase": self.phase,
+    def write(self, what: str, /, **facts: Any) -> None:
+        record = {"kind": what, "at": time.monotonic(), "rank": self._rank, "phase": self.phase,
                   **facts}  # fmt: skip
         os.write(self._file, json.dumps(record).encode() + b"\n")
 

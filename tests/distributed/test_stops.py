@@ -73,7 +73,9 @@ def test_two_notices_at_a_periodic_step_stop_once_with_that_save(tmp_path):
     finished = run_ranks(3, DRIVER, "grid", str(tmp_path), timeout_s=LAUNCH_TIMEOUT_S, check=False)
     assert finished.returncode == 75, finished.output[-6000:]
     assert finished.output.count("durable at step 5; leaving with 75") == 3, finished.output[-6000:]
+    assert "were changed" not in finished.output, finished.output[-6000:]
     catalog = sealed(tmp_path)
+    assert 1 in [info.step for info in catalog.sealed], "the save that was agreed on at the gate"
     assert [(i.step, i.reason) for i in catalog.sealed if i.step == 5] == [(5, "periodic")]
     assert any(i.step < 5 for i in catalog.sealed), "nothing of what was asked for twice"
     assert catalog.unsealed == ()

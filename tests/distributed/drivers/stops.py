@@ -27,12 +27,14 @@ STOP_STEP = 5
 PAUSE_S = 2
 AGREED_TIMEOUT_S = 60
 
-stop_agreed = threading.Event()
+any_agreed, stop_agreed = threading.Event(), threading.Event()
 
 
 def sink(event: events.Event) -> None:
-    if isinstance(event, events.Agreed) and event.stop:
-        stop_agreed.set()
+    if isinstance(event, events.Agreed):
+        any_agreed.set()
+        if event.stop:
+            stop_agreed.set()
 
 
 def notice(name: str = "SIGUSR1") -> None:
@@ -48,6 +50,20 @@ def pause() -> None:
     """Stop this whole process for a while, shorter than the others' patience."""
     with subprocess.Popen(["sh", "-c", f"sleep {PAUSE_S}; kill -CONT {os.getpid()}"]):
         os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def capture_at_gate(checkpointer) -> None:
+    """The next time that this rank comes to its gate, a save is agreed on before it looks."""
+    coordinator = checkpointer._session.coordinator
+    enter = coordinator.gate
+
+    def gate(step: int):
+        coordinator.gate = enter
+        checkpointer.request_save()
+        assert any_agreed.wait(AGREED_TIMEOUT_S), "no agreement"
+        return enter(step)
+
+    coordinator.gate = gate
 
 
 def build():
@@ -77,6 +93,8 @@ def train(engine, last: int) -> None:
 
 def grid(engine, checkpointer) -> None:
     """Several wishes at once, a pause, and two notices at a step that is saved anyway."""
+    train(engine, 1)
+    capture_at_gate(checkpointer)
     train(engine, 2)
     if RANK != 1:
         checkpointer.request_save()
