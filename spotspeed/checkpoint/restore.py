@@ -56,6 +56,11 @@ class Seat:
     parts: Collection[str] = PARTS
     """What of the small state is restored."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether what is restored is the stored state, and not a part of it."""
+        return self.wanted == ALL and set(self.parts) == PARTS
+
 
 @dataclass(frozen=True, slots=True)
 class _Read:
