@@ -143,7 +143,7 @@ def test_a_save_is_of_one_step_and_the_training_goes_on() -> None:
             job.coordinators[2].request_snapshot()
             time.sleep(0.05)
         assert [future.result(WAIT_S) for future in running] == [300] * 3
-        assert [job.coordinators[0].close(0.0)] == [GateVerdict.GO]
+        assert job.each(lambda rank: job.coordinators[rank].close(WAIT_S)) == [GateVerdict.GO] * 3
         cuts = [[(c.step, c.attempt) for c in saver.captures] for saver in job.savers]
         assert cuts[0] and cuts[0] == cuts[1] == cuts[2]
 
