@@ -219,13 +219,17 @@ class Coordinator:
     def _pass(self, position: int) -> GateVerdict:
         """The slow way through the gate."""
         control, began = self._control, time.monotonic()
+        is_told = False
         with self._lock:
             while not self._machine.enter(position, time.monotonic()):
                 if control.departed is not None:
                     control.has_reached = True
                     return GateVerdict.LEAVE
                 self._check_alive()
-                control.wake()
+                if not is_told:
+                    # Once: it is woken to see that somebody waits, and wakes whoever waits.
+                    is_told = True
+                    control.wake()
                 self._lock.wait()
         held_s = time.monotonic() - began
         if held_s > STALL_REPORT_S:
@@ -274,9 +278,9 @@ class Coordinator:
             result = control.exchanged.pop(serials[0])
         if result.values is not None:
             return list(result.values)
-        kind = PeerLostError if self._machine.lost else CoordinationError
-        if control.departed is not None:
-            kind = LeavingError
+        kind = LeavingError if control.departed is not None else CoordinationError
+        if self._machine.lost:
+            kind = PeerLostError
         raise kind(f"exchange {label!r}: {result.why}")
 
     def _check_alive(self) -> None:

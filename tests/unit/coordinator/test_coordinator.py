@@ -342,3 +342,20 @@ def test_a_closed_coordinator_says_so() -> None:
     coordinator.request_snapshot()
     with pytest.raises(CoordinationError, match="closed already"):
         coordinator.exchange("x", b"")
+
+
+def test_ranks_sleep_while_they_wait_at_their_gates() -> None:
+    with job_of(3) as job:
+        job.start()
+        for saver in job.savers:
+            saver.is_holding = True
+        job.coordinators[1].request_snapshot()
+        for saver in job.savers:
+            saver.wait(lambda saver=saver: bool(saver.captures))
+        waiting = [job.pool.submit(job.coordinators[rank].gate, 1) for rank in range(3)]
+        before = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - before < 0.1
+        for saver in job.savers:
+            saver.save(saver.captures[0])
+        assert [future.result(WAIT_S) for future in waiting] == [GateVerdict.GO] * 3
