@@ -367,6 +367,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 20))
     parser.add_argument("--results", type=pathlib.Path, help="file to write the section into")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no launch is left behind
     console.print(f"seed {arguments.seed}")
     chance, load = random.Random(arguments.seed), os.getloadavg()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="spotspeed-cuts-"))
