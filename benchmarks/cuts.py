@@ -349,9 +349,9 @@ def machine(load: tuple[float, float, float]) -> str:
 def write_results(path: pathlib.Path, cuts: list[Cut], seed: int, where: str) -> None:
     """Replace this benchmark's section of the file."""
     title = "## cuts.py: one notice anywhere, all ranks durable at one step"
-    lines = [title, "", where + ".", "", f"**{summary(cuts, seed)[0]}.** "
-             + summary(cuts, seed)[1] + " Milliseconds, until the last rank:", "",
-             "| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * 5]  # fmt: skip
+    headline, fell = summary(cuts, seed)
+    lines = [title, "", where + ".", "", f"**{headline}.** Milliseconds, until the last rank.",
+             fell, "", "| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * 5]  # fmt: skip
     lines += ["| " + " | ".join(row) + " |" for row in rows(cuts)]
     text = path.read_text() if path.exists() else "# What the benchmarks found\n"
     before, found, after = text.partition(title)
