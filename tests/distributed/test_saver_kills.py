@@ -57,4 +57,4 @@ def test_whatever_was_staged_is_sealed_after_a_kill_at_any_moment(
     for info in sealed.values():
         assert CheckpointReader.open(storage, info.directory, digest=info.digest).verify().is_whole
     names = {file.name for file in path.rglob("*") if file.is_file()}
-    assert names <= {"rank-00000.shard", "rank-00000.receipt", "manifest.json", "latest"}
+    assert names <= {"rank-00000.shard", "rank-00000.receipt", "manifest.json", "latest.json"}
