@@ -145,9 +145,9 @@ def test_a_hostile_lineage_record_is_damage_and_ends(
 
 def test_the_hint_is_never_trusted(storage: Storage, seal_small: Save) -> None:
     seal_small(storage, 1, 10)
-    storage.put("latest", b'{"directory":"step-000000000099.e000001.a","digest":"00"}')
+    storage.put("latest.json", b'{"directory":"step-000000000099.e000001.a","digest":"00"}')
     assert find(storage).step == 10
-    storage.delete("latest")
+    storage.delete("latest.json")
     assert find(storage).step == 10
 
 
