@@ -16,6 +16,8 @@ PYTHON := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
 TEST_LIMIT ?= 75m
 TEST_ARGS ?=
+# Test files run side by side; those of one file share launches, so a file stays together.
+TEST_WORKERS ?= 2
 SOAK_MINUTES ?= 60
 SANITIZE_DIR := build/sanitize
 
@@ -37,7 +39,8 @@ demo: venv prewarm
 	$(PYTHON) examples/demo.py
 
 test: venv prewarm
-	timeout --kill-after=30 $(TEST_LIMIT) $(PYTHON) -m pytest -m "not full" $(TEST_ARGS) tests
+	timeout --kill-after=30 $(TEST_LIMIT) $(PYTHON) -m pytest -m "not full" \
+	  -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS) tests
 	@echo "make test: every test passed"
 
 test-full: venv prewarm
