@@ -43,7 +43,7 @@ def spelling(value):
         Tagged("torch.Size", (2, 3)), ArrayData("bfloat16", (2, 1), b"\x01\x02\x03\x04"),
         ArrayData("float32", (), b"\x00\x00\x80\x7f"), ArrayData("int8", (0, 5), b""),
     ],
-    ids=lambda value: repr(value)[:40].encode("unicode_escape").decode(),
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_every_supported_value_comes_back_with_its_type(value):
     found = round_trip(value)
