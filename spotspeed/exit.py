@@ -25,7 +25,6 @@ from spotspeed.supervised import tell
 
 EXIT_NOT_DURABLE = 76
 EXIT_DO_NOT_REQUEUE = 77
-EXIT_BROKEN_PROMISE = 76
 NO_REQUEUE_ERRORS = (ConfigError, OwnedError, ReshardError)
 REQUEUE_ERRORS = (CoordinationError,)
 """Other ranks are gone, or a notice came before there was anything to save."""
@@ -99,7 +98,7 @@ class ExitWatch:
                 self.now(code)
         except Exception:  # the last thing this process does: report it and leave with a code
             traceback.print_exc()
-            self.now(EXIT_BROKEN_PROMISE)
+            self.now(EXIT_NOT_DURABLE)
 
     def _on_unhandled(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
