@@ -52,6 +52,7 @@ check: lint types tidy
 
 lint: venv
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check -q .
 
 types: venv
 	$(VENV)/bin/mypy --strict -p spotspeed

@@ -64,9 +64,7 @@ def make_engine(model: torch.nn.Module, stage: int) -> Any:
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 100}},
         "zero_optimization": {"stage": stage},
     }  # fmt: skip
-    return deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config
-    )[0]
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
 def measure(model: torch.nn.Module, stage: int, rounds: int) -> dict[str, float]:

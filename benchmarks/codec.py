@@ -123,8 +123,10 @@ def load(folder: Path, steps: int, chunk_bytes: int, limit_bytes: int) -> tuple[
 def contenders() -> list[Contender]:
     """Every way to store a chunk, ours first."""
     found = []
-    for name, policy in (("sampled (remote default)", CodecPolicy.choose(None, is_local=False)),
-                         ('compression: "zstd"', CodecPolicy.choose("zstd", is_local=True))):
+    for name, policy in (
+        ("sampled (remote default)", CodecPolicy.choose(None, is_local=False)),
+        ('compression: "zstd"', CodecPolicy.choose("zstd", is_local=True)),
+    ):
         found.append(Contender(name, ours(policy), our_decode, lambda frame: len(frame.payload)))
     for level in (1, 3):
         packer, unpacker = zstandard.ZstdCompressor(level=level), zstandard.ZstdDecompressor()
@@ -198,8 +200,17 @@ def main() -> None:
     results = run(chunks, options.rounds)
     size = sum(len(chunk.data) for chunk in chunks)
     if options.json:
-        print(json.dumps({"step": step, "bytes": size, "cores": os.cpu_count(),
-                          "load": os.getloadavg(), "results": [asdict(r) for r in results]}))
+        print(
+            json.dumps(
+                {
+                    "step": step,
+                    "bytes": size,
+                    "cores": os.cpu_count(),
+                    "load": os.getloadavg(),
+                    "results": [asdict(r) for r in results],
+                }
+            )
+        )
         return
     print(f"{size / 1e6:.0f} MB of state at step {step}, {options.rounds} rounds, "
           f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")  # fmt: skip

@@ -214,9 +214,10 @@ def run_saves(folder: pathlib.Path, ranks: int, count: int, chance: random.Rando
     if not count:
         return cuts
     seed = chance.randrange(1 << 20)
-    with launched(folder, ranks, seed=seed) as job, contextlib.closing(
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    ) as orders:
+    with (
+        launched(folder, ranks, seed=seed) as job,
+        contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as orders,
+    ):
         job.await_all("step", LAUNCH_TIMEOUT_S)
         while len(cuts) < count:
             cut = Cut("save", ranks, chance.randrange(ranks))
@@ -386,9 +387,8 @@ def main() -> int:
     console.print(f"[bold]{headline}[/bold]")
     if arguments.results:
         write_results(arguments.results, cuts, arguments.seed, machine(load))
-    is_good = len(cuts) == arguments.saves + arguments.stops and not any(
-        cut.complaint for cut in cuts
-    )
+    is_whole = len(cuts) == arguments.saves + arguments.stops
+    is_good = is_whole and not any(cut.complaint for cut in cuts)
     if is_good:
         shutil.rmtree(folder)
     else:

@@ -87,10 +87,10 @@ def begin(checkpointer: Checkpointer, request: Request) -> SaveHandle:
 
     def finish(manifest: Manifest) -> Manifest:
         with _marking:
-            if not _is_newest((folder, tag), serial):
-                return manifest
-            is_latest = request.is_latest and _is_newest((folder, None), serial)
-            return mark(checkpointer.storage, manifest, folder, tag, is_latest=is_latest)
+            if _is_newest((folder, tag), serial):
+                is_latest = request.is_latest and _is_newest((folder, None), serial)
+                mark(checkpointer.storage, manifest, folder, tag, is_latest=is_latest)
+        return manifest
 
     return checkpointer.save_named(named, finish)
 

@@ -136,9 +136,12 @@ def check_floors(file: File) -> Iterator[Finding]:
             continue
         room = ROOM_OF.get(parts[1], parts[1]) if _is_module(parts[1]) else "__init__"
         if room != file.room and FLOORS.get(room, 99) >= FLOORS[file.room]:
-            yield line, (
-                f"{file.room} (floor {FLOORS[file.room]}) imports {room} "
-                f"(floor {FLOORS.get(room, 'unknown')})"
+            yield (
+                line,
+                (
+                    f"{file.room} (floor {FLOORS[file.room]}) imports {room} "
+                    f"(floor {FLOORS.get(room, 'unknown')})"
+                ),
             )
 
 

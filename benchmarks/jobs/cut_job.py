@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--log", required=True)
-    parser.add_argument("--orders", required=True, help="socket, without \"-<rank>\"")
+    parser.add_argument("--orders", required=True, help='socket, without "-<rank>"')
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--steps", type=int, default=10**9, help="updates in this launch")
     parser.add_argument("--width", type=int, default=64)

@@ -23,9 +23,7 @@ STEPS = 2
 
 def make_engine(options: argparse.Namespace, *, with_block: bool) -> Any:
     torch.manual_seed(1)
-    model = nn.Sequential(
-        *(nn.Linear(options.width, options.width) for _ in range(options.layers))
-    )
+    model = nn.Sequential(*(nn.Linear(options.width, options.width) for _ in range(options.layers)))
     block = {"spotspeed": {"path": str(Path(options.folder) / "spotspeed"),
                            "interval": {"seconds": None}}}  # fmt: skip
     config = {
@@ -35,9 +33,7 @@ def make_engine(options: argparse.Namespace, *, with_block: bool) -> Any:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         **(block if with_block else {}),
     }  # fmt: skip
-    return deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config
-    )[0]
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
 def step(engine: Any, width: int) -> None:
@@ -93,9 +89,7 @@ def load(options: argparse.Namespace, engine: Any) -> dict[str, Any]:
     ours, theirs = [], []
     for number in range(options.rounds):
         calls = [
-            lambda: ours.append(
-                timed(lambda: restore_agreed(checkpointer._session.storage, seat))
-            )
+            lambda: ours.append(timed(lambda: restore_agreed(checkpointer._session.storage, seat)))
         ]
         if options.beside:
             calls.append(lambda: theirs.append(timed(lambda: original_load(

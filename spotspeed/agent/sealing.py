@@ -88,9 +88,7 @@ class Sealer:
             outcome = self._try(ticket)
             settled = [watched for watched in group if self._settle(watched, outcome)]
             with self._changed:
-                self._watched = [
-                    watched for watched in self._watched if watched not in settled
-                ]
+                self._watched = [watched for watched in self._watched if watched not in settled]
 
     def _settle(self, watched: _Watched, outcome: Manifest | SpotSpeedError | None) -> bool:
         """Apply what an attempt gave; whether the save is settled now."""

@@ -61,7 +61,12 @@ def try_seal(storage: Storage, ticket: Ticket) -> Manifest | None:
                 for rank in range(ticket.world_size)}  # fmt: skip
     manifest, data = seal_manifest(ticket, receipts)
     _check_shards(storage, ticket, receipts, sizes)
-    if not storage.create(ticket.manifest_path, data):
+    if storage.create(ticket.manifest_path, data):
+        if not _holds_all(storage, ticket, sizes):
+            # It was collected between the two looks: no manifest may stand for nothing.
+            storage.delete(ticket.manifest_path)
+            return None
+    else:
         found = storage.get(ticket.manifest_path, MAX_DOCUMENT_BYTES)
         if found != data:
             raise CorruptionError(
@@ -121,6 +126,11 @@ def _check_shards(
             raise FormatError(
                 f"{storage.url}/{shard.path}: {there}, its receipt says {shard.size_bytes} bytes"
             )
+
+
+def _holds_all(storage: Storage, ticket: Ticket, sizes: dict[str, int]) -> bool:
+    there = {info.key: info.size_bytes for info in storage.list(ticket.directory)}
+    return sizes.items() <= there.items()
 
 
 def _ticket_of(storage: Storage, directory: str) -> Ticket | None:

@@ -14,7 +14,6 @@ import json
 import re
 from dataclasses import asdict, dataclass
 
-from spotspeed.checkpoint.sealed import open_manifest, open_receipt, open_shard
 from spotspeed.core.lineage import place_of
 from spotspeed.core.manifest import MANIFEST_FILE, Manifest, canonical_json
 from spotspeed.errors import CorruptionError, FormatError, ObjectNotFoundError
@@ -86,62 +85,34 @@ def read_latest(folder: Storage) -> str | None:
 
 def mark(
     storage: Storage, manifest: Manifest, folder_path: str, tag: str, *, is_latest: bool
-) -> Manifest:
+) -> None:
     """Let `<folder_path>/<tag>` stand for the sealed `manifest`; durable on return.
 
-    A save of the same step and content is kept once: the one that was there before, which is then
-    returned. What the tag stood for until now is removed from `storage`, if it came from a save to
-    this very place: the tag has been written over.
+    What the tag stood for until now is removed from `storage` if it came from a save to this very
+    place: the tag has been written over. The same step and content saved twice is so kept once. It
+    is the older one that goes, which everybody has done with: another saver may be about to seal
+    the newer one.
     """
     folder = open_storage(folder_path)
     before = _marked_before(folder, tag, storage)
-    if before is not None and _is_same_content(storage, before, manifest):
-        _remove(storage, manifest.ticket.directory)
-        manifest, before = before, None
-    else:
-        ticket = manifest.ticket
-        marker = Marker(storage.url, ticket.directory, manifest.digest, ticket.step, tag)
-        data = canonical_json({"format": _FORMAT, "version": _VERSION, **asdict(marker)})
-        folder.put(f"{tag}/{MARKER_FILE}", data + b"\n")
+    ticket = manifest.ticket
+    marker = Marker(storage.url, ticket.directory, manifest.digest, ticket.step, tag)
+    data = canonical_json({"format": _FORMAT, "version": _VERSION, **asdict(marker)})
+    folder.put(f"{tag}/{MARKER_FILE}", data + b"\n")
     if is_latest:
         folder.put(LATEST_FILE, tag.encode())
-    is_ours = before is not None and before.ticket.attempt.startswith(
-        attempt_prefix(folder_path, tag)
-    )
-    if before is not None and is_ours and before.ticket.directory != manifest.ticket.directory:
-        _remove(storage, before.ticket.directory)
-    return manifest
+    is_ours = before is not None and f".{attempt_prefix(folder_path, tag)}" in before
+    if before is not None and is_ours and before != ticket.directory:
+        _remove(storage, before)
 
 
-def _marked_before(folder: Storage, tag: str, storage: Storage) -> Manifest | None:
-    """What the tag stood for until now, if it is sound and in `storage`."""
+def _marked_before(folder: Storage, tag: str, storage: Storage) -> str | None:
+    """The directory that the tag stood for until now, if that is known and in `storage`."""
     try:
         marker = read_marker(folder, tag)
-        if marker is None or marker.url != storage.url:
-            return None
-        return open_manifest(storage, marker.directory, digest=marker.digest)
-    except (ObjectNotFoundError, CorruptionError):
+    except CorruptionError:
         return None
-
-
-def _is_same_content(storage: Storage, one: Manifest, other: Manifest) -> bool:
-    """Whether two checkpoints of one step hold the same bytes; their indexes tell."""
-    if (one.ticket.step, one.ticket.world_size) != (other.ticket.step, other.ticket.world_size):
-        return False
-    if one.ticket.directory == other.ticket.directory:
-        return False
-    ranks = range(one.ticket.world_size)
-    try:
-        return all(_content(storage, one, rank) == _content(storage, other, rank) for rank in ranks)
-    except (ObjectNotFoundError, CorruptionError):
-        return False
-
-
-def _content(storage: Storage, manifest: Manifest, rank: int) -> tuple[object, ...]:
-    index = open_shard(storage, open_receipt(storage, manifest, rank)).index
-    chunks = [(chunk.raw_offset, chunk.raw_size, chunk.raw_digest or chunk.stored_digest)
-              for chunk in index.chunks]  # fmt: skip
-    return index.entries, chunks
+    return None if marker is None or marker.url != storage.url else marker.directory
 
 
 def _remove(storage: Storage, directory: str) -> None:

@@ -99,9 +99,11 @@ def claim_epoch(
     identity = this_process() if identity is None else identity
     clock = Clock() if clock is None else clock
     while True:
+        # Looked at before the owner is judged: a claim made after that must win the race below.
+        newest = read_epochs(storage).newest
         previous, reason = _wait_for_turn(storage, identity, clock, take_over)
         now = int(clock.unix())
-        epoch = max(read_epochs(storage).newest, previous.epoch if previous else 0) + 1
+        epoch = max(newest, previous.epoch if previous else 0) + 1
         record = OwnerRecord(epoch, identity, secrets.token_hex(8), "training", 0, period_s,
                              now, now)  # fmt: skip
         if _create_exactly(storage, epoch_key(epoch), encode_owner(record)):

@@ -132,9 +132,7 @@ class _Candidates:
         return catalog.sealed
 
 
-def _try(
-    storage: Storage, seat: Seat, offer: dict[str, Any]
-) -> tuple[list[Verdict], _Read | None]:
+def _try(storage: Storage, seat: Seat, offer: dict[str, Any]) -> tuple[list[Verdict], _Read | None]:
     """Read the offered checkpoint; the ranks that object to it, and what this rank has read."""
     read, objection = None, None
     try:

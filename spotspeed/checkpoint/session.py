@@ -174,9 +174,7 @@ def _open_everywhere(path: str, exchange: Exchange) -> Storage:
     return storage
 
 
-def _claim(
-    storage: Storage, exchange: Exchange, stager: Stager, rank: int, take_over: bool
-) -> int:
+def _claim(storage: Storage, exchange: Exchange, stager: Stager, rank: int, take_over: bool) -> int:
     """Let the saver that an older launch left here finish, then begin the next epoch.
 
     Saves that lack nothing but their manifest are sealed: their savers died just before.

@@ -259,9 +259,7 @@ class Control:
     def _settle(self, action: Settled) -> None:
         cut = action.cut
         if cut.step > STEP_MASK:
-            self._tell(
-                lambda: self._listener.on_outcome(public(cut), action.digest, action.why)
-            )
+            self._tell(lambda: self._listener.on_outcome(public(cut), action.digest, action.why))
         self._apply(lambda now: self.machine.delivered(cut.round, now))
 
     def _end_of_grace(self) -> float:

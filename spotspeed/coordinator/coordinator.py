@@ -79,9 +79,7 @@ class Coordinator:
                           after_loss_s=config.notice.deadline_s),
             unix_offset_s=time.time() - now,
         )  # fmt: skip
-        self._signals = SignalListener(
-            [signal.Signals[name] for name in config.notice.signals]
-        )
+        self._signals = SignalListener([signal.Signals[name] for name in config.notice.signals])
         self._rearm_at = now + REARM_S
         self._generation = 0
         self._base = 0

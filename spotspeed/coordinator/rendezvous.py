@@ -113,9 +113,7 @@ class StoreRendezvous:
             self._store.set(f"{prefix}/{own.rank}", own.encode())
             published = self._get(f"{prefix}/all", deadline_s)
         else:
-            others = [
-                self._get(f"{prefix}/{rank}", deadline_s) for rank in range(1, world_size)
-            ]
+            others = [self._get(f"{prefix}/{rank}", deadline_s) for rank in range(1, world_size)]
             endpoints = [text.decode() for text in (own.encode(), *others)]
             published = json.dumps([secrets.token_hex(_SECRET_BYTES), endpoints]).encode()
             self._store.set(f"{prefix}/all", published)

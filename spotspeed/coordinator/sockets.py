@@ -202,9 +202,7 @@ class SocketTransport:
         return self._peers.setdefault(rank, _Peer())
 
     def _session(self, target: int | None) -> Session:
-        return Session(
-            self._secret, rank=self._rank, world_size=self._world_size, target=target
-        )
+        return Session(self._secret, rank=self._rank, world_size=self._world_size, target=target)
 
     def _report(self, event: TransportEvent) -> None:
         self._events.append(event)

@@ -158,9 +158,7 @@ class _Encoder:
         for index, item in enumerate(items):
             self._put_keyed(packer, index, item)
 
-    def _put_keyed(
-        self, packer: msgpack.Packer, key: Any, item: Any, form: str = "[{}]"
-    ) -> None:
+    def _put_keyed(self, packer: msgpack.Packer, key: Any, item: Any, form: str = "[{}]") -> None:
         try:
             self._put(packer, item)
         except _Unstorable as error:

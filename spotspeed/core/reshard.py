@@ -111,9 +111,7 @@ def gather(shards: Sequence[Sequence[Entry]]) -> dict[TensorKey, StoredTensor]:
     return tensors
 
 
-def plan_reads(
-    stored: Mapping[TensorKey, StoredTensor], wanted: Sequence[Fragment]
-) -> ReadPlan:
+def plan_reads(stored: Mapping[TensorKey, StoredTensor], wanted: Sequence[Fragment]) -> ReadPlan:
     """How `stored` fills each fragment of `wanted`; several may ask for the same bytes.
 
     Raises InvalidLayoutError naming the first tensors that are missing, stored with another shape

@@ -269,10 +269,12 @@ def decode(payload: bytes) -> Message:
     expected = fields(kind)
     if len(values) - 1 != len(expected):
         raise FormatError(f"saver socket: {kind.__name__} with {len(values) - 1} fields")
-    message: Message = kind(**{
-        field.name: _parse(kind.__name__, field.name, str(field.type), value)
-        for field, value in zip(expected, values[1:], strict=True)
-    })
+    message: Message = kind(
+        **{
+            field.name: _parse(kind.__name__, field.name, str(field.type), value)
+            for field, value in zip(expected, values[1:], strict=True)
+        }
+    )
     return message
 
 

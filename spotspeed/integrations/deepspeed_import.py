@@ -250,9 +250,7 @@ class _State:
         return {"shape": list(shape), "dtype": dtype_name(tensor), "trained": is_trained}
 
 
-def _scalars(
-    part: FlatPartition, kind: str, value: Any, known: set[TensorKey]
-) -> Iterator[Held]:
+def _scalars(part: FlatPartition, kind: str, value: Any, known: set[TensorKey]) -> Iterator[Held]:
     """One number of a flat tensor, for each of its parameters that has none yet."""
     number = value if torch.is_tensor(value) else torch.tensor(value)
     for name in part.names:

@@ -63,7 +63,7 @@ class Window:
                 f"{len(changed)} of {len(self._samples)} sampled fragments were changed while "
                 f"they were being staged, so this save is not one step's state: "
                 f"{', '.join(changed[:8])}; something writes to them outside the optimizer's "
-                f'update (staging.lazy: false copies before the step returns)'
+                f"update (staging.lazy: false copies before the step returns)"
             )
 
 

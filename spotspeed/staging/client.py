@@ -271,5 +271,3 @@ def find_saver(url: str, *, on_notice: OnNotice | None = None) -> SaverSession |
     except OSError as error:
         sock.close()
         raise StorageError(f"the saver at {name!r} hung up: {error}") from error
-
-

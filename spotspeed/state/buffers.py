@@ -194,6 +194,5 @@ def _same_shapes(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return any(
-        stride == 0 and size > 1
-        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )

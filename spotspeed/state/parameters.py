@@ -61,16 +61,12 @@ def replica_of(group: Any) -> tuple[int, int]:
     return int(comm.get_rank(group=group)), int(comm.get_world_size(group=group))
 
 
-def replicated_residents(
-    names: ParameterNames, owned: Iterable[str], group: Any
-) -> list[Resident]:
+def replicated_residents(names: ParameterNames, owned: Iterable[str], group: Any) -> list[Resident]:
     """The parameters outside `owned`, whole on every rank of `group`; empty ones are left out."""
     updated = set(owned)
     index, count = replica_of(group)
     return [
-        Resident(
-            name, shape_of(parameter), Interval(0, parameter.numel()), parameter, index, count
-        )
+        Resident(name, shape_of(parameter), Interval(0, parameter.numel()), parameter, index, count)
         for name, parameter in names
         if name not in updated and parameter.numel()
     ]

@@ -203,9 +203,7 @@ class SmallState:
         self.record()
         return notes
 
-    def _apply_rng(
-        self, job: Mapping[str, Any], rank_state: Mapping[str, Any] | None
-    ) -> list[str]:
+    def _apply_rng(self, job: Mapping[str, Any], rank_state: Mapping[str, Any] | None) -> list[str]:
         spare = rng.seed_of(job["seed"], self._rank, job["step"])
         if rank_state is not None:
             _check_fields(rank_state, _RANK_FIELDS, "rank state")

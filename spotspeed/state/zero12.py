@@ -53,9 +53,7 @@ class Zero12Layout:
                 for parameter, meta, offset in self._parameters(index)
             ]
             names = tuple(name for name, *_ in parameters)
-            found.append(
-                Partition(master, flat_slots(parameters, owned), names, hyper.of(master))
-            )
+            found.append(Partition(master, flat_slots(parameters, owned), names, hyper.of(master)))
         return found
 
     def residents(self) -> list[Resident]:

@@ -12,6 +12,8 @@ from spotspeed.storage import posix
 from spotspeed.storage.contract import ObjectInfo, check_key
 from spotspeed.storage.posix import Disk
 
+_REMOVE_ATTEMPTS = 10
+
 
 class LocalTree:
     """The directories below `root`, of which it remembers those known to be durable.
@@ -151,7 +153,20 @@ def collect(directory: int, prefix: str, found: list[ObjectInfo]) -> None:
 
 
 def remove(disk: Disk, parent: int, name: str) -> None:
-    """Remove a directory and all in it, hidden files too; links are removed, not followed."""
+    """Remove a directory and all in it, hidden files too; links are removed, not followed.
+
+    What others put into it meanwhile goes as well, within reason.
+    """
+    for _ in range(_REMOVE_ATTEMPTS - 1):
+        try:
+            return _remove_once(disk, parent, name)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    _remove_once(disk, parent, name)
+
+
+def _remove_once(disk: Disk, parent: int, name: str) -> None:
     try:
         directory = posix.open_directory(parent, name)
     except (FileNotFoundError, NotADirectoryError):

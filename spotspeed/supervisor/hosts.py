@@ -39,7 +39,7 @@ def read_hostfile(path: str) -> list[Host]:
             continue
         match = _LINE.fullmatch(content)
         if match is None:
-            raise ConfigError(f"hostfile {path}:{number}: {line!r} is not \"name slots=N\"")
+            raise ConfigError(f'hostfile {path}:{number}: {line!r} is not "name slots=N"')
         hosts.append(Host(match["host"], int(match["slots"] or 1)))
     return hosts
 

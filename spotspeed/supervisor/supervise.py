@@ -108,9 +108,7 @@ def _launch_once(
     if place.port is not None:
         environ["MASTER_PORT"] = str(place.port)
     launch = Launch(fill(plan.command, place), environ, ears.mask)
-    code = Watch(
-        launch, plan.command, mark, ears=ears, deadline_s=plan.deadline_s, say=say
-    ).run()
+    code = Watch(launch, plan.command, mark, ears=ears, deadline_s=plan.deadline_s, say=say).run()
     told = Told.read(mark)
     sealed = [await_durable(path, epoch, say) for path, epoch in told.epochs.items()]
     return judge(told.traces(code, is_notice_sealed=bool(sealed) and all(sealed)))

@@ -225,9 +225,7 @@ def write_tree(tree: dict[str, bytes], top: Path) -> None:
             target.write_bytes(content)
 
 
-def _make(
-    operation: Operation, choice: Choice, content: dict[int, bytes], names: Names
-) -> None:
+def _make(operation: Operation, choice: Choice, content: dict[int, bytes], names: Names) -> None:
     if choice == "absent":
         return
     if operation.kind == "write":

@@ -150,9 +150,7 @@ class MetadataService:
         if query.get("wait_for_change") == "true":
             until_s = float(query.get("timeout_sec", "3600"))
             known = query.get("last_etag", str(self._etag))
-            self._changed.wait_for(
-                lambda: self._is_stopping or str(self._etag) != known, until_s
-            )
+            self._changed.wait_for(lambda: self._is_stopping or str(self._etag) != known, until_s)
         body = b"FALSE" if self._doom_s is None else b"TRUE"
         google = {"Metadata-Flavor": "Google", "ETag": str(self._etag)}
         return Answer(200, body, {**google, "Content-Type": "application/text"})

@@ -34,9 +34,7 @@ class Network:
     ) -> None:
         """Drive all transports but those of `without`; AssertionError after `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
-        driven = {
-            rank: each for rank, each in self.transports.items() if rank not in without
-        }
+        driven = {rank: each for rank, each in self.transports.items() if rank not in without}
         poller = select.poll()
         for transport in driven.values():
             poller.register(transport.fileno(), select.POLLIN)

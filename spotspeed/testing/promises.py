@@ -144,9 +144,7 @@ class Promises:
             self._change(self._keys.setdefault(call.key, _Promise()), call)
             return
         for key, promise in self._keys.items():
-            if key == call.key or (
-                call.kind == "delete_prefix" and key.startswith(f"{call.key}/")
-            ):
+            if key == call.key or (call.kind == "delete_prefix" and key.startswith(f"{call.key}/")):
                 promise.may_be_absent = True
                 if call.result is not None:
                     promise.settled = set()

@@ -245,9 +245,7 @@ def test_two_ranks_that_dial_each_other_at_once_lose_nothing() -> None:
             for i in range(50):
                 network.transports[0].send(1, b"a%d" % i)
                 network.transports[1].send(0, b"b%d" % i)
-            network.run(
-                lambda n=network: len(n.payloads(1, 0)) == len(n.payloads(0, 1)) == 50
-            )
+            network.run(lambda n=network: len(n.payloads(1, 0)) == len(n.payloads(0, 1)) == 50)
             assert network.payloads(1, 0) == [b"a%d" % i for i in range(50)]
             assert network.payloads(0, 1) == [b"b%d" % i for i in range(50)]
             assert not network.downs(0)

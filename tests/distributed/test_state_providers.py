@@ -65,8 +65,7 @@ TO_OTHER_STAGES = [
     [2, before, "z3-bf16", "middle", "fresh"] for before in BUILT
 ]  # fmt: skip
 TO_THE_BEGINNING = [
-    [2, case, case, "start", "used"]
-    for case in (*EVERYWHERE, "s0-adagrad", "z2-bf16", "z1-bf16")
+    [2, case, case, "start", "used"] for case in (*EVERYWHERE, "s0-adagrad", "z2-bf16", "z1-bf16")
 ]
 STAGES_ON = 3
 """Number of ranks on which other stages resume what two ranks wrote."""

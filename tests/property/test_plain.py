@@ -54,8 +54,10 @@ def same(left, right):
     if isinstance(left, complex):
         return same(left.real, right.real) and same(left.imag, right.imag)
     if isinstance(left, np.ndarray | np.generic):
-        return left.dtype == right.dtype and left.shape == right.shape and (
-            np.asarray(left).tobytes() == np.asarray(right).tobytes()
+        return (
+            left.dtype == right.dtype
+            and left.shape == right.shape
+            and (np.asarray(left).tobytes() == np.asarray(right).tobytes())
         )
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))

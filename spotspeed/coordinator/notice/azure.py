@@ -23,9 +23,7 @@ _COMPUTE = "/metadata/instance/compute?api-version=2021-02-01"
 _ENDING = frozenset({"Preempt", "Terminate", "Reboot", "Redeploy"})
 
 
-def azure_source(
-    environ: Mapping[str, str] = os.environ, *, period_s: float = _PERIOD_S
-) -> Watch:
+def azure_source(environ: Mapping[str, str] = os.environ, *, period_s: float = _PERIOD_S) -> Watch:
     """Watches the scheduled events, at AZURE_POD_IDENTITY_AUTHORITY_HOST where that is set.
 
     Preempt, Terminate, Reboot and Redeploy of this VM are notices; Freeze is a short pause and is

@@ -9,9 +9,7 @@ _AZURE_CHASSIS = "7783-7084-3265-9085-8269-3286-77"
 """The asset tag of every Azure chassis, as cloud-init's Azure data source knows it."""
 
 
-def find_platform(
-    environ: Mapping[str, str], dmi: Path = Path("/sys/class/dmi/id")
-) -> str | None:
+def find_platform(environ: Mapping[str, str], dmi: Path = Path("/sys/class/dmi/id")) -> str | None:
     """ "ec2", "gce", "azure", "alibaba", "tencent" or None.
 
     A metadata endpoint in the environment decides before the firmware does;

@@ -29,9 +29,7 @@ _ACTION = "/latest/meta-data/spot/instance-action"
 _REBALANCE = "/latest/meta-data/events/recommendations/rebalance"
 
 
-def ec2_source(
-    environ: Mapping[str, str] = os.environ, *, period_s: float = _PERIOD_S
-) -> Watch:
+def ec2_source(environ: Mapping[str, str] = os.environ, *, period_s: float = _PERIOD_S) -> Watch:
     """Watches IMDSv2, at AWS_EC2_METADATA_SERVICE_ENDPOINT where that is set.
 
     terminate, stop and hibernate all end the process: `stop` is true. A rebalance recommendation

@@ -85,9 +85,7 @@ def request(
         raise LookError(f"{method} {target}: {type(error).__name__} {error}".rstrip()) from error
 
 
-def _read_response(
-    sock: socket.socket, method: str, deadline_s: float, stop_fd: int
-) -> Response:
+def _read_response(sock: socket.socket, method: str, deadline_s: float, stop_fd: int) -> Response:
     raw = _PatientReader(sock, deadline_s, stop_fd)
     response = http.client.HTTPResponse(cast(Any, raw), method=method)
     response.begin()

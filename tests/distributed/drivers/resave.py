@@ -23,9 +23,7 @@ def build_engine(config: Any, *, width: int = 64, seed: int = 99) -> Any:
     deepspeed.init_distributed(distributed_port=int(os.environ["MASTER_PORT"]))
     torch.manual_seed(seed)
     model = train_gpt.GPT(width, 2, 32, 0.1)
-    return deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config
-    )[0]
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
 def main() -> None:

@@ -89,7 +89,7 @@ def make_tensors(seed: int = 0, *, scale: int = 1) -> Tensors:
             tensors[TensorKey(kind, name)] = ("float32", values)
     for name in shapes:
         tensors[TensorKey("step", name)] = ("float32", np.array(10, np.float32))
-    bits = (rng.standard_normal((19, 23)).astype(np.float32).view(np.uint32) >> 16)
+    bits = rng.standard_normal((19, 23)).astype(np.float32).view(np.uint32) >> 16
     tensors[TensorKey("weight", "frozen.weight")] = ("bfloat16", bits.astype(np.uint16))
     tensors[TensorKey("buffer", "positions", "rank-0")] = ("int64", np.arange(37, dtype=np.int64))
     tensors[TensorKey("weight", "empty")] = ("float32", np.zeros((0, 4), np.float32))
@@ -148,9 +148,7 @@ def write_checkpoint(
     for rank, fragments in enumerate(split(tensors, world_size)):
         layout = pack(fragments, chunk_bytes=chunk_bytes)
         write_shard(storage, ticket, rank, layout, tensors, policy)
-    receipts = {
-        rank: storage.get(ticket.receipt_path(rank), 1 << 20) for rank in range(world_size)
-    }
+    receipts = {rank: storage.get(ticket.receipt_path(rank), 1 << 20) for rank in range(world_size)}
     manifest, data = seal_manifest(ticket, receipts)
     assert data == encode_manifest(manifest)
     storage.put(ticket.manifest_path, data)

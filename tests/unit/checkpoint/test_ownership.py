@@ -92,8 +92,7 @@ def test_a_restart_after_a_kill_is_immediate(storage: MemoryStorage) -> None:
 def test_a_zombie_is_gone(storage: MemoryStorage) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     code = (
-        "from spotspeed.checkpoint.processes import _start_ticks\n"
-        f"print(_start_ticks({child.pid}))"
+        f"from spotspeed.checkpoint.processes import _start_ticks\nprint(_start_ticks({child.pid}))"
     )
     alive = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     owner = replace(this_process(), pid=child.pid, start_ticks=int(alive.stdout))

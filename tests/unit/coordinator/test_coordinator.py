@@ -127,7 +127,7 @@ def test_a_notice_on_any_rank_stops_all_at_one_saved_step(size: int) -> None:
         steps = {future.result(WAIT_S) for future in running}
         assert len(steps) == 1
         for saver in job.savers:
-            (cut, digest, why), = saver.outcomes
+            ((cut, digest, why),) = saver.outcomes
             assert (cut.step, cut.stop, digest, why) == (*steps, True, "seal of c0001", "")
         tickets = {(c.attempt, c.created_unix_s, c.step) for s in job.savers for c in s.captures}
         assert len(tickets) == 1
@@ -300,7 +300,7 @@ def test_the_survivors_of_a_lost_rank_stop_at_one_step_and_leave(victim: int) ->
             saver = job.savers[rank]
             saver.wait(lambda saver=saver: saver.lost == [victim])
             assert job.coordinators[rank].gate(5) is GateVerdict.LEAVE
-            (cut, digest, _), = saver.outcomes
+            ((cut, digest, _),) = saver.outcomes
             assert (cut.step, cut.lost) == (4, (victim,))
             assert digest == f"seal of {cut.attempt}" and "t1r" in cut.attempt
 

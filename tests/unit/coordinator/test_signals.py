@@ -233,7 +233,8 @@ def test_a_signal_right_after_the_fork_never_reaches_the_parent() -> None:
 
 
 def test_a_signal_to_the_parent_during_many_forks_is_heard() -> None:
-    assert run("""
+    assert (
+        run("""
         listener = SignalListener([USR1])
         missed = 0
         for _ in range(30):
@@ -245,7 +246,9 @@ def test_a_signal_to_the_parent_during_many_forks_is_heard() -> None:
             killer.wait()
             missed += heard(listener) != [10]
         tell(missed)
-    """) == 0
+    """)
+        == 0
+    )
 
 
 def test_a_forked_child_can_listen_for_itself() -> None:
@@ -274,29 +277,40 @@ def test_off_the_main_thread_nothing_is_heard_and_that_is_said() -> None:
 
 
 def test_close_restores_what_was_found_and_the_signal_kills_again() -> None:
-    assert run("""
+    assert run(
+        """
         def mine(number, frame): pass
         signal.signal(USR1, mine)
         listener = SignalListener([TERM, USR1])
         listener.close(); listener.close()
         tell([signal.getsignal(USR1) is mine, signal.set_wakeup_fd(-1)])
         hit(TERM)
-    """, returncode=-15) == [True, -1]
+    """,
+        returncode=-15,
+    ) == [True, -1]
 
 
 def test_a_listener_closed_off_the_main_thread_does_not_swallow_sigterm() -> None:
-    assert run("""
+    assert (
+        run(
+            """
         listener = SignalListener([TERM])
         thread = threading.Thread(target=listener.close)
         thread.start(); thread.join()
         tell("closed")
         hit(TERM)
         time.sleep(10)
-    """, returncode=-15) == "closed"
+    """,
+            returncode=-15,
+        )
+        == "closed"
+    )
 
 
 def test_a_signal_heard_before_our_handler_was_wrapped_is_not_swallowed_after_close() -> None:
-    assert run("""
+    assert (
+        run(
+            """
         listener = SignalListener([TERM])
         ours = signal.getsignal(TERM)
         signal.signal(TERM, lambda number, frame: ours(number, frame))
@@ -304,7 +318,11 @@ def test_a_signal_heard_before_our_handler_was_wrapped_is_not_swallowed_after_cl
         tell("closed")
         hit(TERM)
         time.sleep(10)
-    """, returncode=-15) == "closed"
+    """,
+            returncode=-15,
+        )
+        == "closed"
+    )
 
 
 def test_two_listeners_hear_the_same_signal_and_close_in_any_order() -> None:

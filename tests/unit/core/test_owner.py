@@ -67,9 +67,7 @@ def test_a_remote_owner_that_moves_is_refused_even_after_the_time(
 
 @pytest.mark.parametrize("state", ["draining", "released"])
 @pytest.mark.parametrize("process", list(Process))
-def test_an_owner_that_stopped_training_stands_in_nobodys_way(
-    state: str, process: Process
-) -> None:
+def test_an_owner_that_stopped_training_stands_in_nobodys_way(state: str, process: Process) -> None:
     assert verdict(look(process, state=state, counter=13)) is Verdict.TAKE_OVER
 
 

@@ -47,9 +47,7 @@ def test_the_ranks_and_the_store_decide_before_the_launchers_code(
 
 @pytest.mark.parametrize("ending", [Ending.DONE, Ending.REFUSED, Ending.FAILED])
 def test_what_a_new_start_does_not_cure_is_not_started_again(ending: Ending) -> None:
-    decision = decide(
-        Verdict(ending, 1, "so"), Policy(), past_s=(), now_s=0.0, is_doomed=False
-    )
+    decision = decide(Verdict(ending, 1, "so"), Policy(), past_s=(), now_s=0.0, is_doomed=False)
     assert not decision.relaunch
 
 

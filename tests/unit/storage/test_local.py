@@ -196,7 +196,7 @@ def test_only_large_aligned_writes_go_past_the_page_cache(tmp_path: Path) -> Non
     storage = LocalStorage(tmp_path, disk=disk)
     aligned = memoryview(mmap.mmap(-1, 1 << 20))
     aligned[:] = os.urandom(1 << 20)
-    parts = [aligned[:4096], aligned, aligned[:-100], aligned, bytes(100), aligned[512 : 600_000]]
+    parts = [aligned[:4096], aligned, aligned[:-100], aligned, bytes(100), aligned[512:600_000]]
     with storage.writer("shard") as writer:
         for part in parts:
             writer.write(part)
