@@ -63,6 +63,16 @@ class Staged(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Kept(Event):
+    """This rank's part is durable on the node's own disk; it survives the saver from here on."""
+
+    directory: str
+    rank: int
+    size_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Sealed(Event):
     """The checkpoint is complete and durable at `path`."""
 
@@ -91,6 +101,14 @@ class Lost(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Bypassed(Event):
+    """The node's own disk could not be used for `directory`, and `path` was instead."""
+
+    directory: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
 class FellBack(Event):
     """A checkpoint did not verify and an older one is being tried."""
 
@@ -100,7 +118,7 @@ class FellBack(Event):
 
 @dataclass(frozen=True, slots=True)
 class Resumed(Event):
-    """The training state was restored."""
+    """The training state was restored; `near_bytes` of what this rank read lay on its own node."""
 
     directory: str
     step: int
@@ -108,6 +126,7 @@ class Resumed(Event):
     read_by: int
     size_bytes: int
     elapsed_s: float
+    near_bytes: int = 0
 
 
 class Sink(Protocol):
@@ -118,7 +137,7 @@ class Sink(Protocol):
 
 _LEVELS: dict[type[Event], int] = {
     Lost: logging.ERROR, FellBack: logging.WARNING, Noticed: logging.WARNING,
-    Staged: logging.DEBUG,
+    Bypassed: logging.WARNING, Staged: logging.DEBUG, Kept: logging.DEBUG,
 }  # fmt: skip
 
 

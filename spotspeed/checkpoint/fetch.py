@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spotspeed.checkpoint.near import Near
 from spotspeed.checkpoint.sealed import OpenShard, listed, place
 from spotspeed.codec import check_digest, decode
 from spotspeed.core.format import CODEC_RAW, FRAME_ALIGNMENT
@@ -91,10 +92,13 @@ def plan_spans(shard: OpenShard, transfers: Sequence[Transfer]) -> list[Span]:
     return spans + _cut(shard, waiting, is_direct=False)
 
 
-def fetch(storage: Storage, span: Span, targets: Sequence[memoryview]) -> int:
+def fetch(
+    storage: Storage, span: Span, targets: Sequence[memoryview], near: Near | None = None
+) -> int:
     """Read, verify and deliver one span; returns the bytes read.
 
-    Raises CorruptionError naming the file; targets may then hold damaged bytes.
+    A chunk that `near` has right comes from there. Raises CorruptionError naming the file;
+    targets may then hold damaged bytes.
     """
     source = place(storage, span.shard.path)
     first = span.chunks[0].parts[0]
@@ -102,16 +106,25 @@ def fetch(storage: Storage, span: Span, targets: Sequence[memoryview]) -> int:
         buffer = targets[first.request][first.target_offset :][: span.size_bytes]
     else:
         buffer = _scratch(span.size_bytes)
-    with listed(storage, span.shard.path):
-        storage.read_into(span.shard.path, span.file_offset, buffer)
+    everything = range(len(span.chunks))
+    missing = everything if near is None else near.read(span.shard.path, span.chunks, buffer)
+    is_far = len(missing) == len(everything)
+    if is_far:
+        with listed(storage, span.shard.path):
+            storage.read_into(span.shard.path, span.file_offset, buffer)
     reach = 0
-    for chunk in span.chunks:
+    for position, chunk in enumerate(span.chunks):
         record, key = chunk.record, f"{source}#chunk {chunk.number}"
         offset = record.file_offset - span.file_offset
-        check_padding(buffer[reach:offset], f"{source}: before chunk {chunk.number}")
-        reach = offset + record.stored_size
         frame = buffer[offset : offset + record.stored_size]
-        check_digest(frame, record.stored_digest, key=key)
+        if is_far:
+            check_padding(buffer[reach:offset], f"{source}: before chunk {chunk.number}")
+        elif position in missing:
+            with listed(storage, span.shard.path):
+                storage.read_into(span.shard.path, record.file_offset, frame)
+        reach = offset + record.stored_size
+        if position in missing:
+            check_digest(frame, record.stored_digest, key=key)
         if not span.is_direct:
             _deliver(frame, chunk, targets, key)
     return span.size_bytes

@@ -12,8 +12,15 @@ import numpy as np
 
 from spotspeed.checkpoint.arrays import to_numpy
 from spotspeed.checkpoint.fetch import Span, fetch, plan_spans
+from spotspeed.checkpoint.near import Near
 from spotspeed.checkpoint.parallel import in_parallel
-from spotspeed.checkpoint.sealed import OpenShard, open_all, open_manifest, place
+from spotspeed.checkpoint.sealed import (
+    OpenShard,
+    open_manifest,
+    open_receipt,
+    open_shard,
+    place,
+)
 from spotspeed.checkpoint.verify import VerifyReport, verify_checkpoint
 from spotspeed.core.format import FOOTER_BYTES
 from spotspeed.core.interval import Interval
@@ -46,8 +53,13 @@ class CheckpointReader:
     is trusted before its digest, up to the manifest's, has been checked.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, *, threads: int = THREADS) -> None:
+    def __init__(
+        self, storage: Storage, manifest: Manifest, *, threads: int = THREADS,
+        near: Storage | None = None,
+    ) -> None:  # fmt: skip
+        """`near` is the tier of this node, which is asked first and never trusted."""
         self._storage = storage
+        self._near = None if near is None else Near(near, manifest.ticket.directory)
         self._manifest = manifest
         self._threads = threads
         self._lock = threading.Lock()
@@ -56,18 +68,24 @@ class CheckpointReader:
 
     @classmethod
     def open(
-        cls, storage: Storage, directory: str, *, digest: str | None = None, threads: int = THREADS
-    ) -> CheckpointReader:
+        cls, storage: Storage, directory: str, *, digest: str | None = None,
+        threads: int = THREADS, near: Storage | None = None,
+    ) -> CheckpointReader:  # fmt: skip
         """The checkpoint in `directory`, whose manifest must have `digest` if that is given.
 
         Raises ObjectNotFoundError when the directory holds no sealed checkpoint.
         """
         manifest = open_manifest(storage, directory, digest=digest)
-        return cls(storage, manifest, threads=threads)
+        return cls(storage, manifest, threads=threads, near=near)
 
     @property
     def manifest(self) -> Manifest:
         return self._manifest
+
+    @property
+    def near(self) -> Near | None:
+        """This node's copies, and how much of what was read came from them."""
+        return self._near
 
     @property
     def metadata_bytes(self) -> int:
@@ -96,8 +114,9 @@ class CheckpointReader:
         for shard, transfers in plan.by_shard().items():
             spans += plan_spans(shards[shard], transfers)
         read = in_parallel(
-            lambda span: fetch(self._storage, span, targets), spans, threads=self._threads
-        )
+            lambda span: fetch(self._storage, span, targets, self._near), spans,
+            threads=self._threads,
+        )  # fmt: skip
         chunks = sum(len(span.chunks) for span in spans)
         return ReadReport(plan.size_bytes, sum(read), len(spans), chunks)
 
@@ -143,13 +162,20 @@ class CheckpointReader:
     def _open(self) -> list[OpenShard]:
         with self._lock:
             if self._shards is None:
-                shards = open_all(self._storage, self._manifest, threads=self._threads)
+                ranks = range(self._manifest.ticket.world_size)
+                shards = in_parallel(self._open_shard, ranks, threads=self._threads)
                 try:
                     self._tensors = gather([shard.index.entries for shard in shards])
                 except InvalidLayoutError as error:
                     raise FormatError(f"{self._place()}: {error}") from error
                 self._shards = shards
             return self._shards
+
+    def _open_shard(self, rank: int) -> OpenShard:
+        near = None if self._near is None else self._near.open_shard(self._manifest, rank)
+        if near is not None:
+            return near
+        return open_shard(self._storage, open_receipt(self._storage, self._manifest, rank))
 
     def _place(self) -> str:
         return place(self._storage, self._manifest.ticket.directory)

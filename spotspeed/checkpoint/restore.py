@@ -55,6 +55,8 @@ class Seat:
     wanted: Wanted = ALL
     parts: Collection[str] = PARTS
     """What of the small state is restored."""
+    near: Storage | None = None
+    """This node's own tier, which is read where it verifies."""
 
     @property
     def is_whole(self) -> bool:
@@ -69,6 +71,9 @@ class _Read:
     job: dict[str, Any]
     rank_state: dict[str, Any]
     size_bytes: int
+    near_bytes: int
+    late: Mapping[str, Any]
+    """The stored rank state whose late state this rank takes over."""
 
 
 def restore_agreed(storage: Storage, seat: Seat, *, tag: str | None = None) -> Restored | None:
@@ -120,7 +125,8 @@ class _Candidates:
         if info is None:
             return {"directory": None, "damaged": self._damaged}
         return {"directory": info.directory, "digest": info.digest, "tag": info.tag,
-                "step": info.step, "world_size": info.world_size}  # fmt: skip
+                "step": info.step, "world_size": info.world_size,
+                "is_named": self._tag is not None}  # fmt: skip
 
     def _list(self) -> Sequence[CheckpointInfo]:
         if self._tag is not None:
@@ -143,30 +149,73 @@ def _try(storage: Storage, seat: Seat, offer: dict[str, Any]) -> tuple[list[Verd
 
 
 def _read(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Read:
-    reader = CheckpointReader.open(storage, offer["directory"], digest=offer["digest"])
+    reader = CheckpointReader.open(
+        storage, offer["directory"], digest=offer["digest"], near=seat.near
+    )
     stored = reader.tensors()
+    job = from_plain(plain.decode(reader.blob(JOB_KEY), source=f"{offer['directory']}: job"))
+    old_rank = seat.provider.source_rank(job.get("model", {}), int(offer["world_size"]))
     pieces = seat.provider.prepare_restore(
         {key: value for key, value in stored.items() if key.kind not in (KIND_BLOB, KIND_BUFFER)},
         seat.wanted,
     )
-    pieces += seat.small.buffer_targets(_own_buffers(stored, seat.rank, offer["world_size"]))
+    pieces += seat.small.buffer_targets(_buffers_of(stored, old_rank))
     bytes_read = fill(pieces, reader)
     seat.provider.check_restore()
-    old_rank = seat.rank % int(offer["world_size"])
-    job = from_plain(plain.decode(reader.blob(JOB_KEY), source=f"{offer['directory']}: job"))
     rank_state = from_plain(
         plain.decode(reader.blob(rank_key(old_rank)), source=f"{offer['directory']}: rank")
     )
-    return _Read(job, rank_state, bytes_read)
+    return _Read(job, rank_state, bytes_read, _near_bytes(reader),
+                 _late(reader, seat, offer, rank_state))  # fmt: skip
 
 
-def _own_buffers(
-    stored: Mapping[TensorKey, StoredTensor], rank: int, world_size: int
+def _late(
+    reader: CheckpointReader, seat: Seat, offer: dict[str, Any], own: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The rank state whose late state is taken over: this rank's own, or rank 0's on all ranks.
+
+    Raises FormatError where it is absent and another checkpoint would do.
+    """
+    if int(offer["world_size"]) != seat.world_size or own.get("rank") != seat.rank:
+        source = f"{offer['directory']}: rank 0"
+        own = from_plain(plain.decode(reader.blob(rank_key(0)), source=source))
+    if seat.is_whole and not offer["is_named"]:
+        seat.small.late.check(own)
+    return own
+
+
+def _near_bytes(reader: CheckpointReader) -> int:
+    """Bytes that came from this node's tier; says so when some of it had to be left."""
+    near, directory = reader.near, reader.manifest.ticket.directory
+    if near is None:
+        return 0
+    if near.refused:
+        cause = f"{near.refused} chunks do not verify on this node's disk and were read from `path`"
+        events.emit(events.Bypassed(directory, cause))
+    return near.bytes_read
+
+
+def _buffers_of(
+    stored: Mapping[TensorKey, StoredTensor], rank: int
 ) -> dict[TensorKey, StoredTensor]:
-    """The buffers that this rank takes over: its own, or those of an old rank in turn."""
-    scope = f"rank-{rank % world_size}"
+    """The buffers that an old rank stored."""
+    scope = f"rank-{rank}"
     return {key: value for key, value in stored.items()
             if key.kind == KIND_BUFFER and key.scope == scope}  # fmt: skip
+
+
+def _load_late(seat: Seat, stored: Mapping[str, Any]) -> list[str]:
+    """Give late state back on every rank; the first refusal on every rank."""
+    notes: list[str] = []
+    objection: SpotSpeedError | None = None
+    try:
+        notes = seat.small.late.load(stored)
+    except SpotSpeedError as error:
+        objection = error
+    raise_first(vote(seat.exchange, "late-state", objection))
+    seat.small.record()
+    seat.small.end_step()
+    return notes
 
 
 def _finish(seat: Seat, offer: dict[str, Any], read: _Read, began: float) -> Restored:
@@ -174,11 +223,14 @@ def _finish(seat: Seat, offer: dict[str, Any], read: _Read, began: float) -> Res
     notes = seat.small.apply(
         read.job, read.rank_state, written_by=offer["world_size"], parts=seat.parts
     )
+    if seat.is_whole and seat.small.late:
+        notes += _load_late(seat, read.late)
     for note in notes:
         _logger.warning("%s: %s", offer["directory"], note)
     elapsed_s = time.monotonic() - began
     events.emit(events.Resumed(offer["directory"], offer["step"], offer["world_size"],
-                               seat.world_size, read.size_bytes, elapsed_s))  # fmt: skip
+                               seat.world_size, read.size_bytes, elapsed_s,
+                               read.near_bytes))  # fmt: skip
     return Restored(offer["tag"], offer["step"], offer["directory"], offer["digest"],
                     offer["world_size"], read.job.get("client_state", {}),
                     read.job.get("cursor"))  # fmt: skip

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from spotspeed.checkpoint.parallel import in_parallel
 from spotspeed.core.format import FOOTER_BYTES, Footer, encode_footer
 from spotspeed.core.index import MAX_INDEX_BYTES, ShardIndex, parse_index
 from spotspeed.core.manifest import (
@@ -124,12 +123,3 @@ def check_tail(receipt: Receipt, tail: bytes, source: str) -> ShardIndex:
                  shard.index_offset):  # fmt: skip
         raise FormatError(f"{source}: the index is of another shard than the receipt")
     return index
-
-
-def open_all(storage: Storage, manifest: Manifest, *, threads: int) -> list[OpenShard]:
-    """Every shard of the checkpoint, opened in parallel, in order of rank."""
-    return in_parallel(
-        lambda rank: open_shard(storage, open_receipt(storage, manifest, rank)),
-        range(manifest.ticket.world_size),
-        threads=threads,
-    )

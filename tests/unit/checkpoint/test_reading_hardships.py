@@ -10,8 +10,8 @@ import pytest
 import zstandard
 
 from spotspeed.checkpoint import fetch
+from spotspeed.checkpoint.parallel import in_parallel
 from spotspeed.checkpoint.reader import CheckpointReader
-from spotspeed.checkpoint.sealed import in_parallel
 from spotspeed.checkpoint.shard import EncodedChunk, ShardWriter
 from spotspeed.codec import CodecPolicy, Frame, digest
 from spotspeed.core.chunks import pack
