@@ -213,8 +213,9 @@ def _load_late(seat: Seat, stored: Mapping[str, Any]) -> list[str]:
     except SpotSpeedError as error:
         objection = error
     raise_first(vote(seat.exchange, "late-state", objection))
-    seat.small.record()
-    seat.small.end_step()
+    if seat.small.late:
+        seat.small.record()
+        seat.small.end_step()
     return notes
 
 
@@ -223,7 +224,7 @@ def _finish(seat: Seat, offer: dict[str, Any], read: _Read, began: float) -> Res
     notes = seat.small.apply(
         read.job, read.rank_state, written_by=offer["world_size"], parts=seat.parts
     )
-    if seat.is_whole and seat.small.late:
+    if seat.is_whole:
         notes += _load_late(seat, read.late)
     for note in notes:
         _logger.warning("%s: %s", offer["directory"], note)

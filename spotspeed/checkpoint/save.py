@@ -41,7 +41,8 @@ def begin_save(
     """
     provider, small, stager = sources
     pieces = [*provider.pieces(), *provider.derived_mismatches(), *small.buffer_pieces(record)]
-    blobs = {rank_key(rank): _encode(small.rank(record), what="rank state")}
+    own = {**small.rank(record), **small.late.stored(ticket.step)}
+    blobs = {rank_key(rank): _encode(own, what="rank state")}
     if rank == 0:
         job = {**small.job(record), "model": provider.describe(), **extra}
         blobs[JOB_KEY] = _encode(job, what="job state")

@@ -22,6 +22,7 @@ from spotspeed.errors import CaptureError, FormatError
 from spotspeed.state import counters, groups, rng, scaler, schedule
 from spotspeed.state.buffers import BufferCopy, Buffers
 from spotspeed.state.cursor import Cursor, resume_cursor
+from spotspeed.state.late import LateState
 from spotspeed.state.piece import Piece
 from spotspeed.state.plain_tensors import to_plain
 from spotspeed.state.rng import RngState
@@ -69,6 +70,7 @@ class SmallState:
         group_names: Callable[[], Sequence[Sequence[str]]],
         *,
         seed: int | None = None,
+        late: LateState | None = None,
     ) -> None:
         """`seed` tells jobs apart where ranks must be reseeded; torch's initial seed by default.
 
@@ -79,6 +81,7 @@ class SmallState:
 
         `apply` sets it to the stored one, which thus survives until the loader is there again.
         """
+        self.late = LateState() if late is None else late
         self._engine, self._group_names = engine, group_names
         self._optimizer = groups.inner_optimizer(engine)
         self._seed = int(torch.initial_seed() if seed is None else seed)
@@ -101,6 +104,11 @@ class SmallState:
         record = self._capture(spare)
         with self._lock:
             self._slots.append(_Slot(record))
+        self.late.updated(record.step)
+
+    def end_step(self) -> None:
+        """The last completed step has ended: keep its late state."""
+        self.late.end(int(self._engine.global_steps))
 
     def snapshot(self, step: int) -> Record:
         """The record of the boundary at which `step` was completed; it stays valid while held.
