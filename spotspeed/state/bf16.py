@@ -58,11 +58,14 @@ class Bf16Layout:
         return found
 
     def residents(self) -> list[Resident]:
-        owned = (name for partition in self.partitions() for name in partition.names)
-        return replicated_residents(self._names, owned, self._engine.seq_data_parallel_group)
+        groups = self._wrapper.bf16_groups
+        owned = (self._names.of(parameter) for group in groups for parameter in group)
+        return replicated_residents(self._engine, self._names, owned)
 
     def group_names(self) -> list[list[str]]:
-        return names_by_group(self.optimizer, self.partitions())
+        masters = self._wrapper.fp32_groups_flat_partition
+        groups = zip(masters, self._wrapper.bf16_groups, strict=True)
+        return names_by_group(self.optimizer, self._names, groups)
 
     def share_weights(self) -> None:
         all_gather_dp_groups(

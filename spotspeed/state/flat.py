@@ -10,7 +10,8 @@ import torch
 
 from spotspeed.core.interval import Interval
 from spotspeed.errors import UnsupportedLayoutError
-from spotspeed.state.partition import Partition, Slot
+from spotspeed.state.parameters import ParameterNames
+from spotspeed.state.partition import Slot
 
 Placed = tuple[str, tuple[int, ...], torch.Tensor, int]
 """(name, shape, low-precision parameter, offset in the concatenation of its group)"""
@@ -49,12 +50,17 @@ def flat_slots(parameters: Iterable[Placed], owned: Interval) -> tuple[Slot, ...
     return tuple(slots)
 
 
-def names_by_group(optimizer: Any, partitions: Iterable[Partition]) -> list[list[str]]:
-    """The parameters of each param_group, in the order of the partitions."""
-    names: dict[int, list[str]] = {id(group): [] for group in optimizer.param_groups}
-    for partition in partitions:
-        names[id(partition.hyper)].extend(partition.names)
-    return [names[id(group)] for group in optimizer.param_groups]
+def names_by_group(
+    optimizer: Any,
+    names: ParameterNames,
+    groups: Iterable[tuple[torch.Tensor, Iterable[torch.Tensor]]],
+) -> list[list[str]]:
+    """The parameters of each param_group; `groups` pairs a master with the parameters in it."""
+    hyper = GroupLayout(optimizer)
+    found: dict[int, list[str]] = {id(group): [] for group in optimizer.param_groups}
+    for master, parameters in groups:
+        found[id(hyper.of(master))].extend(names.of(parameter) for parameter in parameters)
+    return [found[id(group)] for group in optimizer.param_groups]
 
 
 def relink_fragments(wrapper: Any, groups: Sequence[Sequence[Any]]) -> None:

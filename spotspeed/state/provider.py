@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from spotspeed.state.capture import expected_bytes, live_pieces, underived_piece
 from spotspeed.state.fit import ALL, Wanted, check_optimizer, check_parameters
 from spotspeed.state.fp16_fused import FusedLayout
 from spotspeed.state.fp16_unfused import UnfusedLayout
+from spotspeed.state.mesh import describe_parameters, mesh_of
 from spotspeed.state.optimizers import rule_for
 from spotspeed.state.parameters import ParameterNames, count_of, shape_of
 from spotspeed.state.partition import Layout
@@ -88,6 +90,14 @@ class StateProvider(Protocol):
         """Further names of tied parameters, with the name that their state is stored under."""
         ...
 
+    def source_rank(self, model: Mapping[str, Any], world_size: int) -> int:
+        """The old rank whose buffers and generators this rank takes over.
+
+        `model` is what `describe` gave when `world_size` ranks wrote the state. Raises
+        InvalidLayoutError when pipelines or experts divided the model otherwise than now.
+        """
+        ...
+
     def group_names(self) -> list[list[str]]:
         """The parameters of each live param_group, by name and in order."""
         ...
@@ -133,6 +143,9 @@ class EngineState:
         self._engine, self._layout = engine, layout
         self._names = ParameterNames(engine)
         self._restore: Restore | None = None
+        self._master_dtype: str | None = None
+        trained = frozenset(name for item in layout.partitions() for name in item.names)
+        self._mesh = mesh_of(engine, trained)
         for group in layout.optimizer.param_groups:
             rule_for(layout.optimizer, group)
 
@@ -146,16 +159,16 @@ class EngineState:
         return groups
 
     def pieces(self) -> list[Piece]:
-        return list(live_pieces(self._layout))
+        return [piece for piece in live_pieces(self._layout) if self._writes(piece)]
 
     def expected_bytes(self) -> int:
-        return expected_bytes(self._layout)
+        return expected_bytes(self._layout, but=self._mesh.foreign)
 
     def derived_mismatches(self) -> list[Piece]:
         moved = self._offloaded()
         if moved:
             raise CaptureError(f"{moved} are offloaded: call engine.reload_states() first")
-        return list(underived_pieces(self._layout))
+        return [piece for piece in underived_pieces(self._layout) if self._writes(piece)]
 
     def prepare_restore(
         self, stored: Mapping[TensorKey, StoredTensor], wanted: Wanted = ALL
@@ -170,6 +183,10 @@ class EngineState:
         shapes = {
             name: shape_of(parameter) for name, parameter in self._names if count_of(parameter)
         }
+        for name, facts in self._mesh.parameters.items():
+            if name not in shapes and math.prod(facts["shape"]):
+                shapes[name] = tuple(facts["shape"])
+                trained |= {name} if facts["trained"] else set()
         check_parameters(
             stored,
             {name: shape for name, shape in shapes.items() if name in trained},
@@ -192,23 +209,22 @@ class EngineState:
         restore.finish()
 
     def describe(self) -> dict[str, Any]:
-        partitions = self._layout.partitions()
-        trained = {name for partition in partitions for name in partition.names}
+        groups = self.group_names()
+        trained = {name for group in groups for name in group}
+        if self._master_dtype is None and trained:
+            self._master_dtype = dtype_name(self._layout.partitions()[0].master)
         return {
             "provider": self.name,
             "deepspeed": deepspeed.__version__,
             "zero_stage": int(self._engine.zero_optimization_stage()),
             "optimizer": type(self._layout.optimizer).__name__,
-            "master_dtype": dtype_name(partitions[0].master) if partitions else None,
+            "master_dtype": self._master_dtype,
             "parameters": {
-                name: {
-                    "shape": list(shape_of(parameter)),
-                    "dtype": dtype_name(parameter),
-                    "trained": name in trained,
-                }
-                for name, parameter in self._names
+                **self._mesh.parameters,
+                **describe_parameters(self._names, frozenset(trained)),
             },
-            "groups": self.group_names(),
+            "mesh": self._mesh.describe(),
+            "groups": groups,
             "aliases": self.aliases(),
             "round_robin": bool(getattr(self._engine.optimizer, "round_robin_gradients", False)),
             "loss_scale": scaler.settings(self._engine),
@@ -216,10 +232,18 @@ class EngineState:
         }
 
     def aliases(self) -> dict[str, str]:
-        return self._names.aliases()
+        return {**self._mesh.aliases, **self._names.aliases()}
+
+    def source_rank(self, model: Mapping[str, Any], world_size: int) -> int:
+        rank = int(self._engine.global_rank)
+        return self._mesh.source_rank(rank, model.get("mesh"), world_size)
 
     def group_names(self) -> list[list[str]]:
         return self._layout.group_names()
+
+    def _writes(self, piece: Piece) -> bool:
+        """Whether this rank stores its share: tied weights are stored by one stage."""
+        return piece.fragment.key.name not in self._mesh.foreign
 
     def _offloaded(self) -> str:
         """What `engine.offload_states()` has moved away, in words."""

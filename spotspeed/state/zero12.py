@@ -59,10 +59,12 @@ class Zero12Layout:
     def residents(self) -> list[Resident]:
         groups = self._zero.round_robin_bit16_groups
         owned = (self._names.of(parameter) for group in groups for parameter in group)
-        return replicated_residents(self._names, owned, self._engine.seq_data_parallel_group)
+        return replicated_residents(self._engine, self._names, owned)
 
     def group_names(self) -> list[list[str]]:
-        return names_by_group(self.optimizer, self.partitions())
+        groups = self._zero.round_robin_bit16_groups
+        masters = self._zero.single_partition_of_fp32_groups
+        return names_by_group(self.optimizer, self._names, zip(masters, groups, strict=True))
 
     def share_weights(self) -> None:
         all_gather_dp_groups(
