@@ -6,7 +6,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
-from spotspeed.core.manifest import FORMAT_MAJOR, FORMAT_MINOR, MAX_WORLD_SIZE
+from spotspeed.core.documents import FORMAT_MAJOR, MAX_WORLD_SIZE, SHARD_MINOR
 from spotspeed.errors import ChecksumMismatchError, FormatError
 
 SHARD_MAGIC = b"\x93SPOTSHD"
@@ -33,7 +33,7 @@ class Header:
     ticket_digest: bytes
     rank: int
     world_size: int
-    minor: int = FORMAT_MINOR
+    minor: int = SHARD_MINOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Footer:
     index_offset: int
     index_bytes: int
     index_sha256: bytes
-    minor: int = FORMAT_MINOR
+    minor: int = SHARD_MINOR
 
     @property
     def file_bytes(self) -> int:

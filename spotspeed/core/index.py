@@ -9,6 +9,7 @@ from typing import Any
 import msgpack
 
 from spotspeed.core.chunks import ENTRY_ALIGNMENT, MAX_CHUNK_BYTES, Entry
+from spotspeed.core.documents import FORMAT_MAJOR, FORMAT_NAME, SHARD_MINOR
 from spotspeed.core.format import (
     CODEC_RAW,
     CODECS,
@@ -19,7 +20,6 @@ from spotspeed.core.format import (
 )
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
-from spotspeed.core.manifest import FORMAT_MAJOR, FORMAT_MINOR, FORMAT_NAME
 from spotspeed.errors import FormatError, InvalidLayoutError
 
 MAX_INDEX_BYTES = 64 * 1024 * 1024
@@ -67,7 +67,7 @@ class ShardIndex:
     raw_bytes: int
     entries: tuple[Entry, ...]
     chunks: tuple[ChunkRecord, ...]
-    minor: int = FORMAT_MINOR
+    minor: int = SHARD_MINOR
 
     @property
     def frames_stop(self) -> int:
@@ -161,7 +161,7 @@ class _Parser:
                 check_major(value, "x", self._source)
             return value
         if key not in ("entries", "chunks"):
-            if fields.get("minor", 0) <= FORMAT_MINOR:
+            if fields.get("minor", 0) <= SHARD_MINOR:
                 raise ValueError(f"unknown key {key!r}")
             self._unpacker.skip()
             self._scout.skip()

@@ -79,7 +79,7 @@ def alone(damage: Callable[[Path], None]) -> Callable[[Path], None]:
 def newer_format(path: Path) -> None:
     """A manifest as a later major version would write it, with a seal that holds."""
     file = newest(path) / "manifest.json"
-    body = canonical_json(json.loads(file.read_bytes())["body"] | {"major": 2})
+    body = canonical_json(json.loads(file.read_bytes())["body"] | {"major": 3})
     digest = hashlib.sha256(body).hexdigest().encode()
     file.write_bytes(b'{"body":' + body + b',"sha256":"' + digest + b'"}\n')
 
@@ -133,8 +133,8 @@ CASES = {
     "cut-manifest-alone": refused("CorruptionError", "no checkpoint could be restored",
                                   "manifest.json: not a sealed manifest; cut short or damaged",
                                   prepare=alone(cut_manifest), unchanged=CHECKPOINTS),
-    "newer-format": Case(newer_format, {}, step=5, says=("format 2.0, this version reads 1.x",)),
-    "newer-format-alone": refused("CorruptionError", "format 2.0, this version reads 1.x",
+    "newer-format": Case(newer_format, {}, step=5, says=("this version reads 1.x and 2.x",)),
+    "newer-format-alone": refused("CorruptionError", "this version reads 1.x and 2.x",
                                   "install a spotspeed that knows it",
                                   prepare=alone(newer_format), unchanged=CHECKPOINTS),
     "bad-chunk": Case(bad_chunk_of_rank_1, {}, step=5,
