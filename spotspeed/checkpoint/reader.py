@@ -17,12 +17,14 @@ from spotspeed.checkpoint.parallel import in_parallel
 from spotspeed.checkpoint.sealed import (
     OpenShard,
     open_manifest,
+    open_object,
     open_receipt,
     open_shard,
     place,
 )
 from spotspeed.checkpoint.verify import VerifyReport, verify_checkpoint
 from spotspeed.core.format import FOOTER_BYTES
+from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, StoredTensor, TensorKey
 from spotspeed.core.manifest import Manifest
@@ -92,7 +94,11 @@ class CheckpointReader:
         """Bytes of receipts, indexes and footers, which are read once."""
         shards = self._open()
         receipts = sum(record.size_bytes for record in self._manifest.receipts)
-        return receipts + sum(s.receipt.shard.index_bytes + FOOTER_BYTES for s in shards)
+        return receipts + sum(s.record.index_bytes + FOOTER_BYTES for s in shards)
+
+    def objects(self) -> tuple[ObjectRecord, ...]:
+        """The frozen objects that this checkpoint refers to."""
+        return tuple(shard.object for shard in self._open() if shard.object is not None)
 
     def tensors(self) -> Mapping[TensorKey, StoredTensor]:
         """Every logical tensor of the checkpoint and where its parts lie."""
@@ -164,6 +170,11 @@ class CheckpointReader:
             if self._shards is None:
                 ranks = range(self._manifest.ticket.world_size)
                 shards = in_parallel(self._open_shard, ranks, threads=self._threads)
+                listed = [(shard.receipt, item) for shard in shards
+                          for item in shard.receipt.objects]  # fmt: skip
+                shards += in_parallel(
+                    lambda one: open_object(self._storage, *one), listed, threads=self._threads
+                )
                 try:
                     self._tensors = gather([shard.index.entries for shard in shards])
                 except InvalidLayoutError as error:

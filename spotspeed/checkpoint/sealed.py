@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spotspeed.core.format import FOOTER_BYTES, Footer, encode_footer
+from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.index import MAX_INDEX_BYTES, ShardIndex, parse_index
 from spotspeed.core.manifest import (
     MANIFEST_FILE,
@@ -15,6 +16,7 @@ from spotspeed.core.manifest import (
     MAX_RECEIPT_BYTES,
     Manifest,
     Receipt,
+    ShardRecord,
     decode_manifest,
     decode_receipt,
 )
@@ -33,10 +35,17 @@ class OpenShard:
 
     receipt: Receipt
     index: ShardIndex
+    object: ObjectRecord | None = None
+    """Which frozen object of the receipt this is; None for the rank's own shard."""
+
+    @property
+    def record(self) -> ShardRecord | ObjectRecord:
+        """Where the index lies and what it hashes to, as the receipt says."""
+        return self.object or self.receipt.shard
 
     @property
     def path(self) -> str:
-        return self.receipt.shard.path
+        return self.record.path
 
 
 def place(storage: Storage, key: str) -> str:
@@ -87,39 +96,60 @@ def open_receipt(storage: Storage, manifest: Manifest, rank: int) -> Receipt:
 
 def open_shard(storage: Storage, receipt: Receipt) -> OpenShard:
     """The shard that `receipt` describes: its size and the end of the file are checked."""
-    shard = receipt.shard
-    source = place(storage, shard.path)
-    if shard.index_bytes > MAX_INDEX_BYTES:
-        raise FormatError(f"{source}: an index of {shard.index_bytes} bytes, the limit is "
-                          f"{MAX_INDEX_BYTES}")  # fmt: skip
-    tail = bytearray(shard.index_bytes + FOOTER_BYTES)
-    with listed(storage, shard.path):
-        size_bytes = storage.size(shard.path)
-        if size_bytes != shard.size_bytes:
-            raise FormatError(
-                f"{source}: has {size_bytes} bytes, {shard.size_bytes} were written; it was cut "
-                f"short or appended to"
-            )
-        storage.read_into(shard.path, shard.index_offset, tail)
-    return OpenShard(receipt, check_tail(receipt, bytes(tail), source))
+    tail, source = _tail(storage, receipt.shard)
+    return OpenShard(receipt, check_tail(receipt, tail, source))
+
+
+def open_object(storage: Storage, receipt: Receipt, record: ObjectRecord) -> OpenShard:
+    """The frozen object that `receipt` refers to by `record`, checked like a shard."""
+    tail, source = _tail(storage, record)
+    index = _index(record, (bytes.fromhex(record.content), 0, 1), tail, source)
+    return OpenShard(receipt, index, record)
 
 
 def check_tail(receipt: Receipt, tail: bytes, source: str) -> ShardIndex:
     """The index in `tail`, the bytes from the index to the end of the file."""
-    shard = receipt.shard
-    data, footer = tail[: shard.index_bytes], tail[shard.index_bytes :]
+    ticket = receipt.ticket
+    identity = (ticket.digest, receipt.rank, ticket.world_size)
+    return _index(receipt.shard, identity, tail, source)
+
+
+def _tail(storage: Storage, record: ShardRecord | ObjectRecord) -> tuple[bytes, str]:
+    """The bytes from the index to the end of the file, whose size is checked, and its place."""
+    source = place(storage, record.path)
+    if record.index_bytes > MAX_INDEX_BYTES:
+        raise FormatError(f"{source}: an index of {record.index_bytes} bytes, the limit is "
+                          f"{MAX_INDEX_BYTES}")  # fmt: skip
+    tail = bytearray(record.index_bytes + FOOTER_BYTES)
+    with listed(storage, record.path):
+        size_bytes = storage.size(record.path)
+        if size_bytes != record.size_bytes:
+            raise FormatError(
+                f"{source}: has {size_bytes} bytes, {record.size_bytes} were written; it was cut "
+                f"short or appended to"
+            )
+        storage.read_into(record.path, record.index_offset, tail)
+    return bytes(tail), source
+
+
+def _index(
+    record: ShardRecord | ObjectRecord, identity: tuple[bytes, int, int], tail: bytes, source: str
+) -> ShardIndex:
+    """The index in `tail`, which must be what `record` says and of `identity`.
+
+    That is (ticket digest or content, rank, world size).
+    """
+    data, footer = tail[: record.index_bytes], tail[record.index_bytes :]
     actual = hashlib.sha256(data)
-    if actual.hexdigest() != shard.index_sha256:
+    if actual.hexdigest() != record.index_sha256:
         raise ChecksumMismatchError(
-            key=f"{source}#index", expected=shard.index_sha256, actual=actual.hexdigest()
+            key=f"{source}#index", expected=record.index_sha256, actual=actual.hexdigest()
         )
     index = parse_index(data, source=source)
-    right = Footer(shard.index_offset, shard.index_bytes, actual.digest(), index.minor)
-    if footer != encode_footer(right) or right.file_bytes != shard.size_bytes:
+    right = Footer(record.index_offset, record.index_bytes, actual.digest(), index.minor)
+    if footer != encode_footer(right) or right.file_bytes != record.size_bytes:
         raise FormatError(f"{source}: the footer is not the one that was written")
     found = (index.ticket_digest, index.rank, index.world_size, index.raw_bytes, index.frames_stop)
-    ticket = receipt.ticket
-    if found != (ticket.digest, receipt.rank, ticket.world_size, shard.raw_bytes,
-                 shard.index_offset):  # fmt: skip
+    if found != (*identity, record.raw_bytes, record.index_offset):
         raise FormatError(f"{source}: the index is of another shard than the receipt")
     return index

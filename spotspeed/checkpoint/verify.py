@@ -11,6 +11,7 @@ from spotspeed.checkpoint.sealed import (
     OpenShard,
     listed,
     open_manifest,
+    open_object,
     open_receipt,
     open_shard,
     place,
@@ -47,14 +48,27 @@ class VerifyReport:
 
 
 @dataclass(frozen=True, slots=True)
+class _RankPart:
+    """What of one rank's part could be opened."""
+
+    shards: tuple[OpenShard, ...]
+    damages: tuple[CorruptionError, ...]
+    files: int
+    bytes_read: int
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.damages
+
+
+@dataclass(frozen=True, slots=True)
 class _ShardReport:
-    shard: OpenShard | None
     bytes_read: int
     damages: tuple[CorruptionError, ...]
 
 
 def verify_checkpoint(storage: Storage, manifest: Manifest, *, threads: int = 4) -> VerifyReport:
-    """Read manifest, receipts and shards of a checkpoint whole; memory is bounded.
+    """Read manifest, receipts, shards and objects of a checkpoint whole; memory is bounded.
 
     Never raises for damage, which is what the report is for; other storage errors pass through.
     """
@@ -67,24 +81,38 @@ def verify_checkpoint(storage: Storage, manifest: Manifest, *, threads: int = 4)
     except CorruptionError as error:
         damages.append(error)
     ranks = range(manifest.ticket.world_size)
-    reports = in_parallel(
-        lambda rank: _verify_rank(storage, manifest, rank), ranks, threads=threads
-    )
+    parts = in_parallel(lambda rank: _open_rank(storage, manifest, rank), ranks, threads=threads)
+    opened = [shard for part in parts for shard in part.shards]
+    damages += [damage for part in parts for damage in part.damages]
+    reports = in_parallel(lambda shard: _verify_shard(storage, shard), opened, threads=threads)
     for report in reports:
         damages += report.damages
-    shards = [report.shard for report in reports if report.shard is not None]
-    if len(shards) == len(reports):
-        damages += _incomplete(place(storage, directory), shards)
-    bytes_read = sum(report.bytes_read for report in reports)
-    return VerifyReport(directory, 1 + 2 * len(ranks), bytes_read, tuple(damages))
+    if all(part.is_complete for part in parts):
+        damages += _incomplete(place(storage, directory), opened)
+    bytes_read = sum(part.bytes_read for part in parts) + sum(r.bytes_read for r in reports)
+    files = 1 + sum(part.files for part in parts)
+    return VerifyReport(directory, files, bytes_read, tuple(damages))
 
 
-def _verify_rank(storage: Storage, manifest: Manifest, rank: int) -> _ShardReport:
+def _open_rank(storage: Storage, manifest: Manifest, rank: int) -> _RankPart:
+    """A rank's receipt, its shard and the objects that it refers to, as far as they open."""
     try:
         receipt = open_receipt(storage, manifest, rank)
-        shard = open_shard(storage, receipt)
     except CorruptionError as error:
-        return _ShardReport(None, 0, (error,))
+        return _RankPart((), (error,), 2, 0)
+    shards: list[OpenShard] = []
+    damages: list[CorruptionError] = []
+    for item in (None, *receipt.objects):
+        try:
+            shards.append(open_shard(storage, receipt) if item is None
+                          else open_object(storage, receipt, item))  # fmt: skip
+        except CorruptionError as error:
+            damages.append(error)
+    files = 2 + len(receipt.objects)
+    return _RankPart(tuple(shards), tuple(damages), files, manifest.receipts[rank].size_bytes)
+
+
+def _verify_shard(storage: Storage, shard: OpenShard) -> _ShardReport:
     damages: list[CorruptionError] = []
     try:
         for damage in _damages(storage, shard):
@@ -93,8 +121,7 @@ def _verify_rank(storage: Storage, manifest: Manifest, rank: int) -> _ShardRepor
                 break
     except CorruptionError as error:
         damages.append(error)
-    size = receipt.shard.size_bytes + manifest.receipts[rank].size_bytes
-    return _ShardReport(shard, size, tuple(damages))
+    return _ShardReport(shard.record.size_bytes, tuple(damages))
 
 
 def _damages(storage: Storage, shard: OpenShard) -> Iterator[CorruptionError]:
