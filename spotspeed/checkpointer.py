@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,16 +11,17 @@ from typing import Any, NoReturn
 from spotspeed import dropin, events
 from spotspeed.checkpoint.agreement import Exchange
 from spotspeed.checkpoint.named import NamedSave
-from spotspeed.checkpoint.queue import SaveHandle, SaveQueue, report
+from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
 from spotspeed.checkpoint.register import SaveRegister
 from spotspeed.checkpoint.restore import Restored, Seat, restore_agreed
 from spotspeed.checkpoint.save import begin_save, share_bytes
-from spotspeed.checkpoint.session import Session, open_session
+from spotspeed.checkpoint.session import Session, Standing, open_session
 from spotspeed.config import SpotSpeedConfig
-from spotspeed.coordinator.coordinator import Cut, GateVerdict
+from spotspeed.coordinator.coordinator import GateVerdict
 from spotspeed.core.manifest import Manifest, Ticket
-from spotspeed.errors import ConfigError, LeavingError, SpotSpeedError
+from spotspeed.errors import ConfigError, CoordinationError, LeavingError, SpotSpeedError
 from spotspeed.exit import EXIT_NOT_DURABLE, LOSS_ERRORS, ExitWatch, watch_refusals
+from spotspeed.interruption import Interruption
 from spotspeed.state import boundary, loader_guard
 from spotspeed.state.cursor import Cursor
 from spotspeed.state.engine import Engine, rank_of, require_block, world_size_of
@@ -34,6 +34,8 @@ from spotspeed.supervised import tell
 
 CLOSE_TIMEOUT_S = 1800.0
 """Longest time that close() waits for the other ranks and for the last bytes."""
+EXIT_PATIENCE_S = 1.0
+"""How long a rank whose script has failed by sys.exit waits for the others to end as well."""
 STALL_REPORT_S = 1.0
 """A step that is held for longer than this is reported."""
 
@@ -52,16 +54,17 @@ class Checkpointer:
         self.rank, self.world_size = rank_of(engine), world_size_of(engine)
         self._provider = provider_for(engine)
         self._small = SmallState(engine, self._provider.group_names)
-        self._lock = threading.Lock()
-        self._captures: dict[int, SaveHandle] = {}
         self._restored: Restored | None = None
-        self._outcome: tuple[Cut, str | None, str] | None = None
-        self._has_restored = self._is_started = self._is_closed = self._is_changing = False
+        self._has_restored = self._is_started = self._is_closed = False
         self._save_began = time.monotonic()
-        self._session: Session = open_session(config, self.rank, self.world_size, listener=self)
+        self._cuts = Interruption(self, config, self.rank)
+        self._session: Session = open_session(
+            config, self.rank, self.world_size, listener=self._cuts
+        )
         self._saves = SaveQueue(self._begin)
         self._register = SaveRegister(self._saves)
         self._exit = ExitWatch(self._close_at_exit)
+        self._cuts.begin(self._session, self._exit)
         self._binding = boundary.bind(engine, self)
         self._binding.watches_forward = True
         self._small.record()
@@ -121,7 +124,7 @@ class Checkpointer:
         """Save the last completed step; call it on every rank. Returns before bytes are copied."""
         self._start()
         step = int(self.engine.global_steps)
-        return self._submit(step, f"x{tag or step}", tag or f"step-{step}", "explicit")
+        return self.submit(step, f"x{tag or step}", tag or f"step-{step}", "explicit")
 
     def save_named(
         self, named: NamedSave, finish: Callable[[Manifest], Manifest] | None = None
@@ -134,7 +137,7 @@ class Checkpointer:
         step = int(self.engine.global_steps)
         if self.engine.micro_steps % self.engine.gradient_accumulation_steps() == 0:
             self._small.record()
-        handle = self._submit(step, self._register.name(step, named), named.tag, "explicit")
+        handle = self.submit(step, self._register.name(step, named), named.tag, "explicit")
         return handle if finish is None else self._register.then(handle, finish)
 
     def load(self, storage: Storage, seat: Seat, name: str | None) -> Restored | None:
@@ -153,8 +156,8 @@ class Checkpointer:
 
     def begin_change(self) -> None:
         """The state is about to be replaced: what comes after is the next epoch's."""
-        with self._lock:
-            self._is_changing, self._restored = True, None
+        with self._cuts.lock:
+            self._cuts.is_changing, self._restored = True, None
         self._saves.close_window(CLOSE_TIMEOUT_S)
         self._register.drop_hopeless(self.exchange)
         self._register.settle(CLOSE_TIMEOUT_S)
@@ -187,13 +190,17 @@ class Checkpointer:
         Call it on every rank; a process that ends without an error calls it by itself. Raises
         what went wrong: StorageError when the last state could not be made durable.
         """
+        self._close(self.exchange)
+
+    def _close(self, exchange: Exchange) -> None:
         if self._is_closed:
             return
         try:
             self._start()
             step = int(self.engine.global_steps)
-            last = None if self.is_implicit or self._has_everywhere(step) else self._final(step)
-            self._register.drop_hopeless(self.exchange)
+            is_saved = self.is_implicit or self._has_everywhere(exchange, step)
+            last = None if is_saved else self._final(step)
+            self._register.drop_hopeless(exchange)
             self._register.settle(CLOSE_TIMEOUT_S)
             if last is not None:
                 last.wait(CLOSE_TIMEOUT_S)
@@ -234,8 +241,8 @@ class Checkpointer:
         """A step is complete: keep what the next forward changes, and save if it is time."""
         step = int(engine.global_steps)
         self._small.record()
-        if self._is_on_grid(step):
-            self._submit(step, "p", f"step-{step}", "periodic")
+        if self.is_on_grid(step):
+            self.submit(step, "p", f"step-{step}", "periodic")
         elif self.rank == 0 and self._is_time():
             self.request_save()
         self._session.coordinator.completed(step)
@@ -244,75 +251,19 @@ class Checkpointer:
         """The engine goes away: nothing may be read from it any more."""
         self.close()
 
-    # What the coordinator calls, on its control thread.
+    # What cuts are saved with; any thread may call it.
 
-    def on_notice(self, source: str, seconds_left: float) -> None:
-        """A notice was heard on this rank."""
-        events.emit(events.Noticed(source, self.rank, seconds_left))
-
-    def on_capture(self, cut: Cut) -> None:
-        """State at `cut.step` is constant until the gate opens: save it, or join its save."""
-        coordinator = self._session.coordinator
-        if self._restored is not None and cut.step == self._restored.step:
-            return coordinator.report_durable(cut.round, self._restored.digest)
-        if cut.lost:
-            why = f"rank {cut.lost[0]} is lost, and its part of step {cut.step} with it"
-            return coordinator.report_failed(cut.round, why)
-        attempt, reason = cut.attempt, "notice" if cut.stop else "periodic"
-        if self._is_on_grid(cut.step):
-            attempt, reason = "p", "periodic"
-        elif cut.lost:
-            return coordinator.report_failed(cut.round, f"the parts of ranks {cut.lost} are lost")
-        with self._lock:
-            handle = None if self._is_changing else self._captures.setdefault(
-                cut.round, self._submit(cut.step, attempt, f"step-{cut.step}", reason)
-            )  # fmt: skip
-        if handle is None:
-            return coordinator.report_failed(cut.round, "the state is being replaced by a load")
-
-        report(handle, coordinator, cut.round)
-
-    def on_outcome(self, cut: Cut, digest: str | None, why: str) -> None:
-        """All ranks know how the cut ended; a copy that is not staged by now is not wanted."""
-        with self._lock:
-            handle = self._captures.pop(cut.round, None)
-        if digest is None and handle is not None and not handle.staging_completion.done():
-            handle.abandon(why)
-        if cut.stop:
-            self._outcome = (cut, digest, why)
-            self._exit.expect(self._exit_code())
-
-    def on_peer_lost(self, rank: int, why: str) -> None:
-        """A rank is gone."""
-        events.emit(events.Lost(f"rank {rank}", why))
-
-    def leave(self, why: str) -> None:
-        """End the process at once: the main thread does not get to the gate in time."""
-        self._say_goodbye(why)
-        self._exit.now(self._exit_code())
-
-    # Inside.
-
-    def _start(self) -> None:
-        if not self._is_started:
-            self._is_started = True
-            if not self._has_restored:
-                self._session.record_restored(None)
-            self._small.record()
-            self._session.coordinator.start(int(self.engine.global_steps))
-            self._is_changing = False
-
-    def _is_on_grid(self, step: int) -> bool:
+    def is_on_grid(self, step: int) -> bool:
         """Whether every rank saves at this step of its own accord."""
         every, first = self.config.interval.steps, self._restored.step if self._restored else 0
         return every is not None and step > first and step % every == 0
 
-    def _is_time(self) -> bool:
-        """Whether `interval.seconds` have passed since the last save began."""
-        seconds = self.config.interval.seconds
-        return seconds is not None and time.monotonic() - self._save_began >= seconds
+    def standing(self) -> Standing | None:
+        """The checkpoint that was restored, which holds exactly its step."""
+        restored = self._restored
+        return None if restored is None else Standing(restored.step, restored.digest)
 
-    def _submit(self, step: int, attempt: str, tag: str, reason: str) -> SaveHandle:
+    def submit(self, step: int, attempt: str, tag: str, reason: str) -> SaveHandle:
         """The save of `step` named `attempt`: a new one, or the one that already has this name."""
         restored_from = self._restored.directory if self._restored else None
         handle, is_new = self._register.submit(
@@ -324,8 +275,31 @@ class Checkpointer:
             handle.upload_completion.add_done_callback(self._session.collect)
         return handle
 
+    def again(self, handle: SaveHandle) -> SaveHandle:
+        """A failed save once more, of a state that has not changed since."""
+        fresh, is_new = self._register.submit(handle.ticket, again=True)
+        if is_new:
+            fresh.upload_completion.add_done_callback(self._session.collect)
+        return fresh
+
+    # Inside.
+
+    def _start(self) -> None:
+        if not self._is_started:
+            self._is_started = True
+            if not self._has_restored:
+                self._session.record_restored(None)
+            self._small.record()
+            self._session.coordinator.start(int(self.engine.global_steps))
+            self._cuts.is_changing = False
+
+    def _is_time(self) -> bool:
+        """Whether `interval.seconds` have passed since the last save began."""
+        seconds = self.config.interval.seconds
+        return seconds is not None and time.monotonic() - self._save_began >= seconds
+
     def _final(self, step: int) -> SaveHandle:
-        return self._submit(step, "final", f"step-{step}", "final")
+        return self.submit(step, "final", f"step-{step}", "final")
 
     def _begin(self, handle: SaveHandle) -> Any:
         """Describe and stage one save, on the queue's thread."""
@@ -335,49 +309,52 @@ class Checkpointer:
         return begin_save(handle.ticket, rank=self.rank, sources=sources, record=record,
                           extra=named.extra())  # fmt: skip
 
-    def _has_everywhere(self, step: int) -> bool:
+    def _has_everywhere(self, exchange: Exchange, step: int) -> bool:
         """Whether some save of `step` is under way or durable on every rank."""
         if self._restored is not None and step == self._restored.step:
             return True
-        return self._register.has_everywhere(self.exchange, step)
-
-    def _exit_code(self) -> int:
-        is_durable = self._outcome is not None and self._outcome[1] is not None
-        return self.config.on_interrupt.exit_code if is_durable else EXIT_NOT_DURABLE
+        return self._register.has_everywhere(exchange, step)
 
     def _leave(self, where: str) -> NoReturn:
         """End the thread that trains, or the one that closes after it; then the process ends."""
-        code = self._exit_code()
+        code = self._cuts.exit_code
         if threading.current_thread() is threading.main_thread():
             for name in self.config.notice.signals:
                 signal.signal(signal.Signals[name], signal.SIG_IGN)
-        self._say_goodbye(where)
-        self._detach()
+        self._cuts.say_goodbye(where)
+        self._detach(is_awaited=code != EXIT_NOT_DURABLE)
         self._exit.hasten(code)
         raise SystemExit(code)
-
-    def _say_goodbye(self, where: str) -> None:
-        text = self._session.farewell(self._outcome, where)
-        sys.stderr.write(f"spotspeed: rank {self.rank}: {text}; leaving with {self._exit_code()}\n")
-        sys.stderr.flush()
 
     def _close_at_exit(self, error: BaseException | None) -> None:
         """The process ends and nobody has called close()."""
         if error is None:
             return self.close()
+        if isinstance(error, SystemExit) and self._is_started:
+            return self._close_if_all_do(error)
         if isinstance(error, LOSS_ERRORS):
             timeout_s = self.config.coordinator.peer_timeout_s
             if self._session.coordinator.await_departure(timeout_s):
-                self.leave("after an error")
-        self._detach()
+                self._cuts.leave("after an error")
+        self._detach(is_awaited=False)
 
-    def _detach(self) -> None:
+    def _close_if_all_do(self, error: SystemExit) -> None:
+        """The script says that it failed: perhaps on every rank, perhaps on this one alone."""
+        limits = iter([EXIT_PATIENCE_S])
+        exchange = self._session.coordinator.exchange
+        try:
+            self._close(lambda label, value: exchange(label, value, next(limits, CLOSE_TIMEOUT_S)))
+        except CoordinationError as alone:
+            events.emit(events.Lost(f"rank {self.rank}, exit code {error.code}", str(alone)))
+
+    def _detach(self, *, is_awaited: bool = True) -> None:
         if not self._is_closed:
             self._is_closed = True
             boundary.unbind(self.engine)
             loader_guard.release()
             self._saves.close()
-            self._session.close(is_done=not self._saves.unfinished())
+            is_done = not self._saves.unfinished()
+            self._session.close(is_done=is_done, is_awaited=is_awaited)
             self._exit.disarm()
 
 

@@ -10,9 +10,11 @@ import atexit
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any, NoReturn
 
 from spotspeed.errors import (
     ConfigError,
@@ -47,6 +49,8 @@ class ExitWatch:
         self._is_disarmed = False
         self._previous_hook = sys.excepthook
         sys.excepthook = self._on_unhandled
+        self._previous_exit = sys.exit
+        sys.exit = self._on_exit
         self._thread = threading.Thread(target=self._wait, name="spotspeed-exit", daemon=False)
         self._thread.start()
 
@@ -54,12 +58,23 @@ class ExitWatch:
         """The ranks are leaving: an error that this causes in the main thread ends with `code`."""
         self._expected = code
 
+    def within(self, seconds: float, code: int) -> None:
+        """End the process with `code` after so long, whatever hangs then."""
+
+        def end() -> None:
+            time.sleep(seconds)
+            self.now(code)
+
+        threading.Thread(target=end, name="spotspeed-last", daemon=True).start()
+
     def disarm(self) -> None:
         """Nothing is left to close."""
         self._is_disarmed = True
         tell(closed=True)
         if sys.excepthook == self._on_unhandled:
             sys.excepthook = self._previous_hook
+        if sys.exit == self._on_exit:
+            sys.exit = self._previous_exit
 
     def hasten(self, code: int) -> None:
         """Once the main thread has ended, run what others want to be run at exit, and be gone.
@@ -99,6 +114,12 @@ class ExitWatch:
         except Exception:  # the last thing this process does: report it and leave with a code
             traceback.print_exc()
             self.now(EXIT_NOT_DURABLE)
+
+    def _on_exit(self, status: Any = None, /) -> NoReturn:
+        """`sys.exit`, which no hook hears of: a code that is not 0 is an error of the script."""
+        if status not in (None, 0) and threading.current_thread() is threading.main_thread():
+            self._error = SystemExit(status)
+        self._previous_exit(status)
 
     def _on_unhandled(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None

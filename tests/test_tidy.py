@@ -34,7 +34,7 @@ FLOORS = {
 }  # fmt: skip
 ROOM_OF = {
     "__main__": "cli", "cli_exchange": "cli", "cli_job": "cli", "launch": "checkpointer",
-    "supervised": "exit",
+    "interruption": "checkpointer", "supervised": "exit",
     "doctor": "report", "api": "checkpointer", "dropin": "checkpointer",
 }  # fmt: skip
 """Modules beside the package's rooms, and the room each belongs to."""

@@ -73,10 +73,10 @@ class Job:
         self.x = torch.randn(1, options.width).bfloat16()
         self.checkpointer = spotspeed.attach(self.engine)
         self.due: set[int] = set()
-        self.checkpointer._is_on_grid = self.due.__contains__
+        self.checkpointer.is_on_grid = self.due.__contains__
         self.hook_s, self.written, self.submitted = 0.0, 0, []
-        submit = self.checkpointer._submit
-        self.checkpointer._submit = lambda *words: self._remember(submit(*words))
+        submit = self.checkpointer.submit
+        self.checkpointer.submit = lambda *words: self._remember(submit(*words))
         for name in ("before_update", "after_update"):
             setattr(self.checkpointer, name, self._timed(getattr(self.checkpointer, name)))
         self.pad.step_s = 0.0

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spotspeed import events
-from spotspeed.coordinator.coordinator import Coordinator
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.staging.staged import StagedSave, StagingFacts
@@ -216,24 +215,6 @@ class SaveQueue:
 
 def _is_fine(future: Future[Any]) -> bool:
     return future.done() and future.exception() is None
-
-
-def report(handle: SaveHandle, coordinator: Coordinator, number: int) -> None:
-    """Tell the agreement of that round how far the save is, and how it ends."""
-
-    def staged(future: Future[StagingFacts]) -> None:
-        if future.exception() is None:
-            coordinator.report_staged(number)
-
-    def durable(future: Future[Manifest]) -> None:
-        error = future.exception()
-        if error is None:
-            coordinator.report_durable(number, future.result().digest)
-        else:
-            coordinator.report_failed(number, str(error))
-
-    handle.staging_completion.add_done_callback(staged)
-    handle.upload_completion.add_done_callback(durable)
 
 
 def _report(handle: SaveHandle) -> None:

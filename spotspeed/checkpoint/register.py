@@ -22,14 +22,15 @@ class SaveRegister:
         self._named_count = 0
         self._finishing: list[SaveHandle] = []
 
-    def submit(self, ticket: Ticket) -> tuple[SaveHandle, bool]:
+    def submit(self, ticket: Ticket, *, again: bool = False) -> tuple[SaveHandle, bool]:
         """The save of the ticket's step and attempt, and whether it is a new one.
 
-        The name decides alone, so that all ranks join the same saves whatever happened first.
+        The name decides alone, so that all ranks join the same saves whatever happened first; with
+        `again` one that has failed here is begun anew.
         """
         with self._lock:
             known = self._handles.get((ticket.step, ticket.attempt))
-            if known is not None:
+            if known is not None and not (again and known.has_failed):
                 return known, False
             handle = self._queue.submit(ticket)
             self._handles = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -41,8 +42,20 @@ from spotspeed.storage.contract import Storage
 PROBE_DIRECTORY = "probe"
 _open: Counter[str] = Counter()
 """How many sessions this process has at each store: several engines may share one."""
+LOOK_S = 1.0
+"""How long a rank that leaves looks for the newest checkpoint, to name it."""
+SAVER_NEWS_S = 5.0
+"""How long a rank that closes waits for what its saver still has to say."""
 DRAIN_TIMEOUT_S = 600.0
 """Longest time that a launch waits for what an earlier one on this node is still writing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A sealed checkpoint that holds exactly the state that the job stands at."""
+
+    step: int
+    digest: str
 
 
 @dataclass(slots=True)
@@ -58,12 +71,19 @@ class Session:
     """Rank 0's: removes what is not kept any more."""
     sources: list[NoticeSource] = field(default_factory=list)
     """Where notices other than signals come from: one rank a node watches."""
+    standing: Standing | None = None
+    """The newest checkpoint when this launch claimed the path; the same on every rank."""
+    _newest: tuple[int, str] | None = None
+    """Step and tag of the newest checkpoint that this rank has seen sealed."""
 
     def collect(self, sealed: Future[Manifest]) -> None:
         """A save has ended; when it is durable, older ones may go.
 
         Not while another engine of this process saves at the same place under an epoch of its own.
         """
+        if sealed.exception() is None:
+            ticket = sealed.result().ticket
+            self._newest = max(self._newest or (-1, ""), (ticket.step, ticket.tag))
         is_alone = _open[self.storage.url] == 1
         if self.collector is not None and is_alone and sealed.exception() is None:
             self.collector.sealed()
@@ -78,31 +98,50 @@ class Session:
         self.coordinator.notice(notice.source, notice.seconds_left, stop=notice.stop)
 
     def newest_tag(self) -> str:
-        """The newest sealed checkpoint, in words for a person."""
-        try:
-            found = list_sealed(self.storage)
-        except SpotSpeedError as error:
-            return f"an unknown checkpoint ({error})"
-        return f"{found[0].tag!r} (step {found[0].step})" if found else "the start"
+        """The newest sealed checkpoint, in words for a person; no store is awaited for long."""
+        answers: list[str] = []
+
+        def look() -> None:
+            try:
+                found = list_sealed(self.storage)
+            except SpotSpeedError as error:
+                answers.append(f"an unknown checkpoint ({error})")
+            else:
+                answers.append(f"{found[0].tag!r} (step {found[0].step})" if found else "the start")
+
+        looking = threading.Thread(target=look, name="spotspeed-newest", daemon=True)
+        looking.start()
+        looking.join(LOOK_S)
+        if answers:
+            return answers[0]
+        if self._newest is None:
+            return "an unknown checkpoint (the store does not answer)"
+        return f"{self._newest[1]!r} (step {self._newest[0]}; the store does not answer)"
 
     def farewell(self, outcome: tuple[Cut, str | None, str] | None, where: str) -> str:
         """How this rank ends: what the last cut came to, or where the rank was without one."""
         if outcome is not None and outcome[1] is not None:
-            return f"interrupted, durable at step {outcome[0].step}"
+            step = outcome[0].step
+            if step < 0 and self.standing is not None:
+                step = self.standing.step
+            return f"interrupted, durable at step {step}"
         why = outcome[2] if outcome else where
         return f"interrupted, nothing newer than {self.newest_tag()} is known durable ({why})"
 
-    def close(self, *, is_done: bool) -> None:
+    def close(self, *, is_done: bool, is_awaited: bool = True) -> None:
         """Let go of the saver; what is staged is still written by it.
 
         `is_done` says that nothing is: then the next launch need not ask whether this one lives.
+        Unless `is_awaited`, the others are told at once, and the saver is not asked for more news.
         """
+        if not is_awaited:
+            self.coordinator.close(0.0)
         for source in self.sources:
             source.stop()
         if self.collector is not None:
             self.collector.close()
         _open[self.storage.url] -= 1
-        self.stager.close()
+        self.stager.close(timeout_s=SAVER_NEWS_S if is_awaited else 0.0)
         if is_done and self.rank == 0:
             try:
                 release(self.storage, self.epoch)
@@ -114,7 +153,7 @@ class Session:
         """Go on as the next epoch, from another checkpoint; every rank calls it."""
         answer = share(self.coordinator.exchange, "next-epoch", self.rank,
                        lambda: {"epoch": claim_epoch(self.storage).epoch})  # fmt: skip
-        self.epoch = int(answer["epoch"])
+        self.epoch, self.standing = int(answer["epoch"]), None
         if self.rank == 0:
             self.stager.renew_owner(self.epoch, period_s=RENEWAL_PERIOD_S)
         if self.collector is not None:
@@ -149,11 +188,11 @@ def open_session(
         stager = Stager(storage.url, config, rank, local_world_size=hosts.count(hosts[rank]),
                         on_notice=lambda left_s, source: coordinator.notice(source, left_s or None)
                         )  # fmt: skip
-        epoch = _claim(storage, coordinator.exchange, stager, rank, config.take_over)
+        epoch, standing = _claim(storage, coordinator.exchange, stager, rank, config.take_over)
     except BaseException:
         coordinator.close(0.0)
         raise
-    session = Session(storage, coordinator, stager, epoch, rank)
+    session = Session(storage, coordinator, stager, epoch, rank, standing=standing)
     _open[storage.url] += 1
     if rank == 0:
         session.collector = Collector(storage, config.keep, epoch=epoch)
@@ -174,8 +213,12 @@ def _open_everywhere(path: str, exchange: Exchange) -> Storage:
     return storage
 
 
-def _claim(storage: Storage, exchange: Exchange, stager: Stager, rank: int, take_over: bool) -> int:
+def _claim(
+    storage: Storage, exchange: Exchange, stager: Stager, rank: int, take_over: bool
+) -> tuple[int, Standing | None]:
     """Let the saver that an older launch left here finish, then begin the next epoch.
+
+    Returns it, and what is the newest checkpoint at its beginning.
 
     Saves that lack nothing but their manifest are sealed: their savers died just before.
     """
@@ -191,13 +234,14 @@ def _claim(storage: Storage, exchange: Exchange, stager: Stager, rank: int, take
         for manifest in roll_forward(storage).sealed:
             info = describe(manifest)
             events.emit(events.Sealed(info.directory, info.tag, info.step, info.size_bytes, 0.0))
-        return {"epoch": claimed.epoch}
+        newest = [(info.step, info.digest) for info in list_sealed(storage)[:1]]
+        return {"epoch": claimed.epoch, "newest": newest}
 
     answer = share(exchange, "epoch", rank, claim)
-    epoch = int(answer["epoch"])
+    epoch, newest = int(answer["epoch"]), answer["newest"]
     if rank == 0:
         stager.renew_owner(epoch, period_s=RENEWAL_PERIOD_S)
-    return epoch
+    return epoch, Standing(int(newest[0][0]), str(newest[0][1])) if newest else None
 
 
 def absolute(path: str) -> str:

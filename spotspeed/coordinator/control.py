@@ -42,6 +42,8 @@ STEP_MASK = (1 << STEP_BITS) - 1
 """A position is generation << STEP_BITS | step; every load of a state begins a generation."""
 IDLE_S = 60.0
 SHORTEST_GRACE_S = 0.2
+LOSS_GRACE_S = 0.5
+"""With a lost rank the main thread is in a dead collective, or will be."""
 
 Command = Callable[[float], Sequence[Action]]
 
@@ -55,6 +57,8 @@ class CutListener(Protocol):
 
     def on_capture(self, cut: Cut) -> None:
         """The state is that of `cut.step`, and stays so until `report_staged(cut.round)`.
+
+        Before `start` the step is -1: nothing has been trained or restored yet.
 
         Must lead to `report_staged` and `report_durable`, or to `report_failed`, from any thread.
         Several captures may be open, also of one step: one save may answer both.
@@ -247,27 +251,22 @@ class Control:
             self._tell_waiting(action)
 
     def _capture(self, cut: Cut) -> None:
-        """Hand the capture over; before `start` there is no state to speak of."""
-        if cut.step <= STEP_MASK:
-            why = "nothing has been trained or restored yet"
-            self._apply(lambda now: self.machine.failed(cut.round, why, now))
-            return
         failure = self._tell(lambda: self._listener.on_capture(public(cut)))
         if failure is not None:
             self._apply(lambda now: self.machine.failed(cut.round, failure, now))
 
     def _settle(self, action: Settled) -> None:
         cut = action.cut
-        if cut.step > STEP_MASK:
-            self._tell(lambda: self._listener.on_outcome(public(cut), action.digest, action.why))
+        self._tell(lambda: self._listener.on_outcome(public(cut), action.digest, action.why))
         self._apply(lambda now: self.machine.delivered(cut.round, now))
 
     def _end_of_grace(self) -> float:
         """When the main thread must be at the gate: soon, and sooner when there is no time left."""
         now, deadline = time.monotonic(), self.machine.member.deadline()
+        grace_s = LOSS_GRACE_S if self.machine.lost else self._grace_s
         if deadline is None:
-            return now + self._grace_s
-        return min(now + self._grace_s, max(now + SHORTEST_GRACE_S, deadline))
+            return now + grace_s
+        return min(now + grace_s, max(now + SHORTEST_GRACE_S, deadline))
 
     def _leave(self) -> None:
         """The grace is over: the main thread is somewhere else, in a dead collective perhaps."""
@@ -307,5 +306,5 @@ class Control:
 
 
 def public(cut: Cut) -> Cut:
-    """`cut` with the optimizer step instead of the position."""
-    return replace(cut, step=cut.step & STEP_MASK)
+    """`cut` with the optimizer step instead of the position; -1 before `start`."""
+    return replace(cut, step=cut.step & STEP_MASK if cut.step > STEP_MASK else -1)

@@ -1,0 +1,203 @@
+"""This rank's part in the cuts of its job: save what they fix, know how they ended, leave."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from typing import Protocol
+
+from spotspeed import events
+from spotspeed.checkpoint.queue import SaveHandle
+from spotspeed.checkpoint.session import Session, Standing
+from spotspeed.config import SpotSpeedConfig
+from spotspeed.coordinator.coordinator import Cut
+from spotspeed.core.manifest import Manifest
+from spotspeed.errors import CoordinationError, StorageError
+from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch
+from spotspeed.staging.staged import StagingFacts
+
+RETRY_PAUSE_S = 0.5
+"""Between two attempts of this rank to save the last step."""
+LAST_WORDS_S = 2.0
+"""How long a process may take to end once its last cut is settled and no time is left."""
+LOST_PART_S = 3.0
+"""How much longer than this rank's own part that of a lost rank may take to become durable."""
+
+
+class Saves(Protocol):
+    """What the checkpointer saves with; any thread may ask."""
+
+    def submit(self, step: int, attempt: str, tag: str, reason: str) -> SaveHandle:
+        """The save of that name: a new one, or the one that has it already."""
+        ...
+
+    def again(self, handle: SaveHandle) -> SaveHandle:
+        """A failed save once more, under its name, of a state that has not changed since."""
+        ...
+
+    def is_on_grid(self, step: int) -> bool:
+        """Whether every rank saves at this step of its own accord."""
+        ...
+
+    def standing(self) -> Standing | None:
+        """What was restored and has been trained on from, if anything."""
+        ...
+
+
+class Interruption:
+    """Listens to the coordinator, on its control thread: every method returns at once."""
+
+    def __init__(self, saves: Saves, config: SpotSpeedConfig, rank: int) -> None:
+        self.outcome: tuple[Cut, str | None, str] | None = None
+        """The last stop: what was agreed, the sealed digest or None, and why not."""
+        self.is_changing = False
+        """The state is being replaced: there is nothing to capture."""
+        self.lock = threading.Lock()
+        self._saves, self._config, self._rank = saves, config, rank
+        self._session: Session | None = None
+        self._exit: ExitWatch | None = None
+        self._captures: dict[int, SaveHandle] = {}
+        self._lost: list[int] = []
+
+    def begin(self, session: Session, exit_watch: ExitWatch) -> None:
+        """From here on there is something to save."""
+        self._session, self._exit = session, exit_watch
+
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with, as far as is known."""
+        is_durable = self.outcome is not None and self.outcome[1] is not None
+        return self._config.on_interrupt.exit_code if is_durable else EXIT_NOT_DURABLE
+
+    def say_goodbye(self, where: str) -> None:
+        """One line for people: what is durable, and how this rank leaves."""
+        assert self._session is not None
+        text = self._session.farewell(self.outcome, where)
+        sys.stderr.write(f"spotspeed: rank {self._rank}: {text}; leaving with {self.exit_code}\n")
+        sys.stderr.flush()
+
+    # What the coordinator calls.
+
+    def on_notice(self, source: str, seconds_left: float) -> None:
+        """A notice was heard on this rank."""
+        events.emit(events.Noticed(source, self._rank, seconds_left))
+
+    def on_capture(self, cut: Cut) -> None:
+        """State at `cut.step` is constant until the gate opens: save it, or join its save."""
+        if self._session is None:
+            raise CoordinationError("this rank is still being attached")
+        coordinator = self._session.coordinator
+        standing = self._session.standing if cut.step < 0 else self._saves.standing()
+        if standing is not None and cut.step in (standing.step, -1):
+            return coordinator.report_durable(cut.round, standing.digest)
+        if cut.step < 0:
+            return coordinator.report_failed(cut.round, "nothing has been trained or restored yet")
+        if cut.lost:
+            why = f"rank {cut.lost[0]} is lost, and its part of step {cut.step} with it"
+            return coordinator.report_failed(cut.round, why)
+        attempt, reason = cut.attempt, "notice" if cut.stop else "periodic"
+        if self._saves.is_on_grid(cut.step):
+            attempt, reason = "p", "periodic"
+        with self.lock:
+            if self.is_changing:
+                handle = None
+            elif (handle := self._captures.get(cut.round)) is None:
+                handle = self._saves.submit(cut.step, attempt, f"step-{cut.step}", reason)
+                self._captures[cut.round] = handle
+        if handle is None:
+            return coordinator.report_failed(cut.round, "the state is being replaced by a load")
+        self._follow(cut, handle, time.monotonic())
+
+    def on_outcome(self, cut: Cut, digest: str | None, why: str) -> None:
+        """All ranks know how the cut ended; a copy that is not staged by now is not wanted."""
+        with self.lock:
+            handle = self._captures.pop(cut.round, None)
+        if digest is None and handle is not None and not handle.staging_completion.done():
+            handle.abandon(why)
+        if cut.stop:
+            self.outcome = (cut, digest, why)
+            if self._exit is not None:
+                self._exit.expect(self.exit_code)
+                self._exit.within(max(LAST_WORDS_S, cut.seconds_left or 0.0), self.exit_code)
+
+    def on_peer_lost(self, rank: int, why: str) -> None:
+        """A rank is gone."""
+        events.emit(events.Lost(f"rank {rank}", why))
+        with self.lock:
+            self._lost.append(rank)
+            handles = list(self._captures.items())
+        for number, handle in handles:
+            self._doubt(number, handle, time.monotonic())
+
+    def leave(self, why: str) -> None:
+        """End the process at once: the main thread does not get to the gate in time."""
+        self.say_goodbye(why)
+        assert self._exit is not None
+        self._exit.now(self.exit_code)
+
+    # Inside.
+
+    def _follow(self, cut: Cut, handle: SaveHandle, began: float) -> None:
+        """Tell the agreement how far the save is, and how it ends."""
+        assert self._session is not None
+        coordinator = self._session.coordinator
+
+        def staged(future: Future[StagingFacts]) -> None:
+            if future.exception() is None:
+                coordinator.report_staged(cut.round)
+
+        def durable(future: Future[Manifest]) -> None:
+            error = future.exception()
+            if error is None:
+                coordinator.report_durable(cut.round, future.result().digest)
+            elif not self._try_again(cut, handle, began, error):
+                coordinator.report_failed(cut.round, str(error))
+
+        handle.staging_completion.add_done_callback(staged)
+        handle.upload_completion.add_done_callback(durable)
+        if self._lost:
+            self._doubt(cut.round, handle, began)
+
+    def _try_again(self, cut: Cut, handle: SaveHandle, began: float, error: BaseException) -> bool:
+        """Whether the last step, which stays as it is, will be saved once more.
+
+        So it is while time is left and nobody is lost: a store may recover, and the next attempt
+        starts another saver where one has died.
+        """
+        left_s = began + (cut.seconds_left or 0.0) - time.monotonic()
+        is_hopeful = cut.stop and not self._lost and isinstance(error, StorageError)
+        if not is_hopeful or left_s <= RETRY_PAUSE_S:
+            return False
+
+        def retry() -> None:
+            with self.lock:
+                if self._captures.get(cut.round) is not handle or self.is_changing:
+                    return
+                fresh = self._captures[cut.round] = self._saves.again(handle)
+            self._follow(cut, fresh, began)
+
+        timer = threading.Timer(RETRY_PAUSE_S, retry)
+        timer.daemon = True
+        timer.start()
+        return True
+
+    def _doubt(self, number: int, handle: SaveHandle, began: float) -> None:
+        """A rank is lost: its saver may complete the save, or be gone with its node.
+
+        It has had as long as this rank's own part takes, and a little more; then it is given up.
+        """
+        assert self._session is not None
+        coordinator = self._session.coordinator
+
+        def wait() -> None:
+            if handle.stored_completion.exception() is None:
+                limit_s = LOST_PART_S + time.monotonic() - began
+                try:
+                    handle.upload_completion.exception(limit_s)
+                except TimeoutError:
+                    why = f"the part of a lost rank is not there {limit_s:.1f} s after this one's"
+                    coordinator.report_failed(number, why)
+
+        threading.Thread(target=wait, name="spotspeed-doubt", daemon=True).start()
