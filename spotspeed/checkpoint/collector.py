@@ -8,6 +8,7 @@ from typing import Any
 
 from spotspeed import events
 from spotspeed.checkpoint.gc import collect
+from spotspeed.checkpoint.sweep import Sweeper
 from spotspeed.config import KeepConfig
 from spotspeed.core.retention import Keep
 from spotspeed.errors import SpotSpeedError
@@ -25,6 +26,7 @@ class Collector:
     def __init__(self, storage: Storage, keep: KeepConfig, *, epoch: int) -> None:
         self._storage, self._epoch = storage, epoch
         self._keep = Keep(keep.last, keep.every_steps)
+        self._sweeper = Sweeper(storage, is_patient=True)
         self._wishes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="spotspeed-gc", daemon=True)
         self._thread.start()
@@ -45,6 +47,6 @@ class Collector:
     def _run(self) -> None:
         while self._wishes.get():
             try:
-                collect(self._storage, self._keep, epoch=self._epoch)
+                collect(self._storage, self._keep, epoch=self._epoch, sweeper=self._sweeper)
             except SpotSpeedError as error:
                 events.emit(events.Lost("old checkpoints were not removed", str(error)))

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 
 from spotspeed import events
+from spotspeed.core.coverage import covers
+from spotspeed.core.frozen import FOLDER
 from spotspeed.core.lineage import Place, place_of
 from spotspeed.core.manifest import (
     MANIFEST_FILE,
@@ -60,7 +62,7 @@ def try_seal(storage: Storage, ticket: Ticket) -> Manifest | None:
     receipts = {rank: storage.get(ticket.receipt_path(rank), MAX_DOCUMENT_BYTES)
                 for rank in range(ticket.world_size)}  # fmt: skip
     manifest, data = seal_manifest(ticket, receipts)
-    _check_shards(storage, ticket, receipts, sizes)
+    sizes |= _check_shards(storage, ticket, receipts, sizes)
     if storage.create(ticket.manifest_path, data):
         if not _holds_all(storage, ticket, sizes):
             # It was collected between the two looks: no manifest may stand for nothing.
@@ -116,20 +118,37 @@ def read_latest(storage: Storage) -> tuple[str, str] | None:
 
 def _check_shards(
     storage: Storage, ticket: Ticket, receipts: dict[int, bytes], sizes: dict[str, int]
-) -> None:
-    """Every shard is there in the size that its receipt states."""
-    for rank, data in receipts.items():
-        shard = decode_receipt(data, source=ticket.receipt_path(rank)).shard
-        found = sizes.get(shard.path)
-        if found != shard.size_bytes:
-            there = "missing" if found is None else f"{found} bytes"
-            raise FormatError(
-                f"{storage.url}/{shard.path}: {there}, its receipt says {shard.size_bytes} bytes"
-            )
+) -> dict[str, int]:
+    """Every shard and object is there in the size that its receipt states, and none too few.
+
+    Returns the objects with their sizes. What the shards hold together is told by their coverage.
+    """
+    parsed = [decode_receipt(data, source=ticket.receipt_path(rank))
+              for rank, data in receipts.items()]  # fmt: skip
+    numbers = [receipt.coverage for receipt in parsed if receipt.coverage is not None]
+    if len(numbers) == len(parsed) and not covers(numbers):
+        raise FormatError(
+            f"{storage.url}/{ticket.directory}: the parts of its {len(parsed)} ranks do not fit "
+            f"together: some tensor is there only in part or more than once, so it is not sealed; "
+            f"that is a fault of spotspeed or of a model that was changed while it was described"
+        )
+    objects = {item.path: item.size_bytes for receipt in parsed for item in receipt.objects}
+    there = dict(sizes)
+    if objects:
+        there |= {info.key: info.size_bytes for info in storage.list(FOLDER)}
+    shards = {receipt.shard.path: receipt.shard.size_bytes for receipt in parsed}
+    for path, size_bytes in (shards | objects).items():
+        found = there.get(path)
+        if found != size_bytes:
+            state = "missing" if found is None else f"{found} bytes"
+            raise FormatError(f"{storage.url}/{path}: {state}, its receipt says {size_bytes} bytes")
+    return objects
 
 
 def _holds_all(storage: Storage, ticket: Ticket, sizes: dict[str, int]) -> bool:
     there = {info.key: info.size_bytes for info in storage.list(ticket.directory)}
+    if sizes.keys() - there.keys():
+        there |= {info.key: info.size_bytes for info in storage.list(FOLDER)}
     return sizes.items() <= there.items()
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from spotspeed.checkpoint.catalog import Catalog, CheckpointInfo, scan
 from spotspeed.checkpoint.ownership import read_epochs
-from spotspeed.core.lineage import place_of
+from spotspeed.checkpoint.sweep import Sweeper
+from spotspeed.core.lineage import Place, place_of
 from spotspeed.core.manifest import MANIFEST_FILE
 from spotspeed.core.retention import Keep, Removal, Sealed, Unfinished, plan_removal
 from spotspeed.errors import OwnedError
@@ -20,10 +21,15 @@ class Collected:
     removals: tuple[Removal, ...]
     size_bytes: int
     """Bytes of the objects that went; 0 for a directory that somebody else removed meanwhile."""
+    frozen: tuple[str, ...] = ()
+    """Frozen objects that went because nothing refers to them any more."""
 
 
-def collect(storage: Storage, keep: Keep, *, epoch: int, dry_run: bool = False) -> Collected:
-    """Apply the rule on behalf of `epoch`, which must be the newest one.
+def collect(
+    storage: Storage, keep: Keep, *, epoch: int, dry_run: bool = False,
+    sweeper: Sweeper | None = None,
+) -> Collected:  # fmt: skip
+    """Apply the rule on behalf of `epoch`, which must be the newest one, and sweep what it frees.
 
     Only the launch that owns the path may call it, or a command line that has made sure that
     nobody does (`ownership.living_owner`). Raises OwnedError when a later epoch has begun, before
@@ -38,7 +44,16 @@ def collect(storage: Storage, keep: Keep, *, epoch: int, dry_run: bool = False) 
         size_bytes += sum(info.size_bytes for info in storage.list(removal.directory))
         if not dry_run:
             _remove(storage, removal)
-    return Collected(removals, size_bytes)
+    newest = max((Place(info.epoch, info.step) for info in _all(catalog) if info.epoch == epoch),
+                 default=None)  # fmt: skip
+    sweeper = sweeper or Sweeper(storage, is_patient=False)
+    gone = [removal.directory for removal in removals]
+    swept = sweeper.sweep(newest, gone=gone, dry_run=dry_run)
+    return Collected(removals, size_bytes + swept.size_bytes, swept.paths)
+
+
+def _all(catalog: Catalog) -> tuple[CheckpointInfo, ...]:
+    return (*catalog.sealed, *catalog.off_lineage)
 
 
 def _remove(storage: Storage, removal: Removal) -> None:
