@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from spotspeed import dropin, events
-from spotspeed.checkpoint.agreement import Exchange
+from spotspeed.checkpoint.agreement import Exchange, impatient
 from spotspeed.checkpoint.named import NamedSave
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
 from spotspeed.checkpoint.register import SaveRegister
@@ -19,16 +19,14 @@ from spotspeed.checkpoint.session import Session, Standing, open_session
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import GateVerdict
 from spotspeed.core.manifest import Manifest, Ticket
-from spotspeed.errors import ConfigError, CoordinationError, LeavingError, SpotSpeedError
+from spotspeed.errors import ConfigError, LeavingError, SpotSpeedError
 from spotspeed.exit import EXIT_NOT_DURABLE, LOSS_ERRORS, ExitWatch, watch_refusals
 from spotspeed.interruption import Interruption
 from spotspeed.state import boundary, loader_guard
-from spotspeed.state.cursor import Cursor
 from spotspeed.state.engine import Engine, rank_of, require_block, world_size_of
-from spotspeed.state.loader import engine_sampler, ordered_loader
+from spotspeed.state.loader import engine_batches
 from spotspeed.state.provider import provider_for
 from spotspeed.state.small import SmallState
-from spotspeed.state.workers import DEFAULT_SIGNALS
 from spotspeed.storage.contract import Storage
 from spotspeed.supervised import tell
 
@@ -110,15 +108,10 @@ class Checkpointer:
         """
         if self.loader is None:
             raise ConfigError("batches() needs the loader: spotspeed.attach(engine, loader=loader)")
-        cursor = self._small.cursor
-        stored = cursor.at(int(self.engine.global_samples)) if cursor else None
-        sampler = engine_sampler(self.engine, self.loader, stored=stored, epochs=epochs)
-        self._small.cursor = Cursor(
-            sampler.order, start_sample=sampler.start_sample,
-            global_samples=int(self.engine.global_samples),
-        )  # fmt: skip
-        signals = tuple({*DEFAULT_SIGNALS, *self.config.notice.signals})
-        yield from ordered_loader(self.loader, sampler, signals=signals)
+        self._start()
+        signals = self.config.notice.signals
+        yield from engine_batches(self.engine, self.loader, self._small, epochs=epochs,
+                                  signals=signals)  # fmt: skip
 
     def save(self, tag: str | None = None) -> SaveHandle:
         """Save the last completed step; call it on every rank. Returns before bytes are copied."""
@@ -331,21 +324,15 @@ class Checkpointer:
         if error is None:
             return self.close()
         if isinstance(error, SystemExit) and self._is_started:
-            return self._close_if_all_do(error)
+            # The script has failed: perhaps on every rank, perhaps on this one alone.
+            patience = impatient(self._session.coordinator.exchange, EXIT_PATIENCE_S)
+            with self._cuts.deserting(error):
+                return self._close(patience)
         if isinstance(error, LOSS_ERRORS):
             timeout_s = self.config.coordinator.peer_timeout_s
             if self._session.coordinator.await_departure(timeout_s):
                 self._cuts.leave("after an error")
         self._detach(is_awaited=False)
-
-    def _close_if_all_do(self, error: SystemExit) -> None:
-        """The script says that it failed: perhaps on every rank, perhaps on this one alone."""
-        limits = iter([EXIT_PATIENCE_S])
-        exchange = self._session.coordinator.exchange
-        try:
-            self._close(lambda label, value: exchange(label, value, next(limits, CLOSE_TIMEOUT_S)))
-        except CoordinationError as alone:
-            events.emit(events.Lost(f"rank {self.rank}, exit code {error.code}", str(alone)))
 
     def _detach(self, *, is_awaited: bool = True) -> None:
         if not self._is_closed:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -77,6 +79,14 @@ class Interruption:
         text = self._session.farewell(self.outcome, where)
         sys.stderr.write(f"spotspeed: rank {self._rank}: {text}; leaving with {self.exit_code}\n")
         sys.stderr.flush()
+
+    @contextlib.contextmanager
+    def deserting(self, error: SystemExit) -> Iterator[None]:
+        """Around the close of a rank that may be the only one to end: that is told, not raised."""
+        try:
+            yield
+        except CoordinationError as alone:
+            events.emit(events.Lost(f"rank {self._rank}, exit code {error.code}", str(alone)))
 
     # What the coordinator calls.
 

@@ -10,6 +10,8 @@ from typing import Any
 from spotspeed import errors
 from spotspeed.errors import SpotSpeedError
 
+PATIENCE_S = 600.0
+"""How long ranks that are expected are waited for."""
 Exchange = Callable[[str, bytes], list[bytes]]
 """All-gather over the control plane: (label, this rank's value) -> every rank's value."""
 
@@ -73,3 +75,9 @@ def raise_first(verdicts: list[Verdict]) -> None:
 def share_all(exchange: Exchange, label: str, value: Any) -> list[Any]:
     """Every rank's plain JSON value, in order of rank."""
     return [json.loads(answer) for answer in exchange(label, json.dumps(value).encode())]
+
+
+def impatient(exchange: Callable[[str, bytes, float], list[bytes]], first_s: float) -> Exchange:
+    """`exchange`, whose first call waits `first_s` for the others, and every later one as usual."""
+    limits = iter([first_s])
+    return lambda label, value: exchange(label, value, next(limits, PATIENCE_S))

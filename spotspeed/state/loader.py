@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +27,9 @@ from torch.utils.data import (
 
 from spotspeed.core.sample_order import GlobalSampler, MicroBatch, SampleOrder
 from spotspeed.errors import ConfigError
-from spotspeed.state.cursor import resume_sample
+from spotspeed.state.cursor import Cursor, resume_sample
+from spotspeed.state.engine import Engine
+from spotspeed.state.small import SmallState
 from spotspeed.state.workers import DEFAULT_SIGNALS, WorkerInit, held_back
 
 
@@ -92,6 +94,20 @@ def engine_sampler(
         start_sample=start_sample,
         epochs=epochs,
     )
+
+
+def engine_batches(
+    engine: Engine, loader: Any, small: SmallState, *, epochs: int | None, signals: Sequence[str]
+) -> Iterator[Any]:
+    """Micro-batches of `loader` from where `engine` stands; `small` keeps the place from now on.
+
+    Workers survive `signals`, by name. Raises ConfigError when the order cannot be continued.
+    """
+    samples = int(engine.global_samples)
+    stored = small.cursor.at(samples) if small.cursor else None
+    sampler = engine_sampler(engine, loader, stored=stored, epochs=epochs)
+    small.cursor = Cursor(sampler.order, start_sample=sampler.start_sample, global_samples=samples)
+    yield from ordered_loader(loader, sampler, signals=tuple({*DEFAULT_SIGNALS, *signals}))
 
 
 def ordered_loader(
