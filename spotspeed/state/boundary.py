@@ -39,7 +39,8 @@ class StepHooks(Protocol):
     def before_forward(self, engine: Any) -> None:
         """A forward begins; only called while the binding's `watches_forward` is true.
 
-        PipelineEngine has no forward of its own: there it is never called.
+        For a PipelineEngine, whose stages come to their forwards one after the other: a batch
+        begins (`train_batch`, `eval_batch`), on all stages alike.
         """
 
     def on_save(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
@@ -67,6 +68,7 @@ class Binding:
 
 
 _KEY = "_spotspeed_binding"
+_BATCH_METHODS = ("train_batch", "eval_batch")
 _MARK = "_spotspeed_hook"
 _new_engine_callbacks: list[Callable[[Any], None]] = []
 
@@ -93,6 +95,9 @@ def install_hooks(engine_class: type | None = None) -> None:
     for subclass in _subclasses(engine_class):
         if "__init__" in vars(subclass):
             _wrap(subclass, "__init__", _wrap_init)
+        for name in _BATCH_METHODS:
+            if name in vars(subclass):
+                _wrap(subclass, name, _wrap_batch)
 
 
 def bind(engine: Any, hooks: StepHooks) -> Binding:
@@ -186,11 +191,26 @@ def _wrap_update(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         binding = self.__dict__.get(_KEY)
-        if binding is not None and binding.watches_forward:
+        if binding is not None and binding.watches_forward and not _runs_batches(self):
             binding.hooks.before_forward(self)
         return original(self, *args, **kwargs)
 
     return forward
+
+
+def _wrap_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    def batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        binding = self.__dict__.get(_KEY)
+        if binding is not None and binding.watches_forward:
+            binding.hooks.before_forward(self)
+        return original(self, *args, **kwargs)
+
+    return batch
+
+
+def _runs_batches(engine: Any) -> bool:
+    """Whether the engine calls its own forward, from a method that all ranks call together."""
+    return hasattr(type(engine), _BATCH_METHODS[0])
 
 
 def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:

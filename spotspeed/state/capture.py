@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 
@@ -50,10 +50,11 @@ def underived_pieces(layout: Layout) -> Iterator[Piece]:
         yield _piece(fragment, weight, partition.replica_index, partition.replica_count)
 
 
-def expected_bytes(layout: Layout) -> int:
+def expected_bytes(layout: Layout, *, but: Container[str] = ()) -> int:
     """The bytes of this rank's shares when every master has all of its optimizer state.
 
-    The optimizers make their state in the first step; this counts it also before.
+    The optimizers make their state in the first step; this counts it also before. The parameters
+    named in `but` are left out.
     """
     optimizer, total = layout.optimizer, 0
     for partition in layout.partitions():
@@ -64,10 +65,11 @@ def expected_bytes(layout: Layout) -> int:
             present = state.get(key)
             dtype = state_dtype(partition.master, optimizer) if present is None else present.dtype
             item_bytes += dtype.itemsize
-        for slot in partition.slots:
+        for slot in (slot for slot in partition.slots if slot.name not in but):
             share = slot.interval.split(partition.replica_count, partition.replica_index)
             total += share.count * item_bytes + len(rule.scalars) * SCALAR_BYTES
-    residents = (resident_piece(resident).share for resident in layout.residents())
+    residents = (resident_piece(resident).share for resident in layout.residents()
+                 if resident.name not in but)  # fmt: skip
     return total + sum(piece.fragment.size_bytes for piece in residents)
 
 

@@ -9,7 +9,7 @@ from spotspeed.core.interval import Interval
 from spotspeed.state.flat import flat_slots
 from spotspeed.state.parameters import (
     ParameterNames,
-    replica_of,
+    replica_of_parameter,
     replicated_residents,
     shape_of,
 )
@@ -34,7 +34,6 @@ class FusedLayout:
         return self._wrapper.optimizer
 
     def partitions(self) -> list[Partition]:
-        replica = replica_of(self._engine.seq_data_parallel_group)
         found = []
         groups = zip(
             self.optimizer.param_groups, self._wrapper.fp16_groups,
@@ -46,12 +45,14 @@ class FusedLayout:
             offsets = [0, *accumulate(parameter.numel() for parameter in parameters)][:-1]
             placed = zip(names, shapes, parameters, offsets, strict=True)
             slots = flat_slots(placed, Interval(0, master.numel()))
+            # DeepSpeed keeps experts in groups of their own.
+            replica = replica_of_parameter(self._engine, parameters[0])
             found.append(Partition(master, slots, names, hyper, *replica))
         return found
 
     def residents(self) -> list[Resident]:
         owned = (name for partition in self.partitions() for name in partition.names)
-        return replicated_residents(self._names, owned, self._engine.seq_data_parallel_group)
+        return replicated_residents(self._engine, self._names, owned)
 
     def group_names(self) -> list[list[str]]:
         return [

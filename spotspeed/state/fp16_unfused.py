@@ -7,7 +7,7 @@ from typing import Any
 from spotspeed.core.interval import Interval
 from spotspeed.state.parameters import (
     ParameterNames,
-    replica_of,
+    replica_of_parameter,
     replicated_residents,
     shape_of,
 )
@@ -31,7 +31,6 @@ class UnfusedLayout:
         return self._wrapper.optimizer
 
     def partitions(self) -> list[Partition]:
-        replica = replica_of(self._engine.seq_data_parallel_group)
         found = []
         groups = zip(
             self.optimizer.param_groups, self._wrapper.fp16_groups, self._wrapper.fp32_groups,
@@ -41,12 +40,13 @@ class UnfusedLayout:
             for parameter, master in zip(parameters, masters, strict=True):
                 name, whole = self._names.of(parameter), Interval(0, parameter.numel())
                 slot = Slot(name, shape_of(parameter), whole, 0, parameter.detach())
+                replica = replica_of_parameter(self._engine, parameter)
                 found.append(Partition(master, (slot,), (name,), hyper, *replica))
         return found
 
     def residents(self) -> list[Resident]:
         owned = (name for partition in self.partitions() for name in partition.names)
-        return replicated_residents(self._names, owned, self._engine.seq_data_parallel_group)
+        return replicated_residents(self._engine, self._names, owned)
 
     def group_names(self) -> list[list[str]]:
         return [

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm
+from deepspeed.moe.layer import MoE
 
 from spotspeed.core.interval import Interval
 from spotspeed.errors import CaptureError
@@ -14,14 +15,18 @@ from spotspeed.state.partition import Resident
 
 
 class ParameterNames:
-    """The engine's parameters by canonical name; a tied parameter has one, its first."""
+    """The engine's parameters by canonical name; a tied parameter has one, its first.
+
+    Experts are numbered over the whole job, not within their rank as DeepSpeed does it.
+    """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        self._experts = _expert_names(engine) if getattr(engine, "has_moe_layers", False) else {}
 
     def of(self, parameter: torch.Tensor) -> str:
         """The canonical name; raises CaptureError for a parameter the engine does not know."""
-        name = self._engine.param_names.get(parameter)
+        name = self._experts.get(id(parameter)) or self._engine.param_names.get(parameter)
         if name is None:
             raise CaptureError(
                 f"a parameter of shape {shape_of(parameter)} is updated by the optimizer or was "
@@ -61,12 +66,42 @@ def replica_of(group: Any) -> tuple[int, int]:
     return int(comm.get_rank(group=group)), int(comm.get_world_size(group=group))
 
 
-def replicated_residents(names: ParameterNames, owned: Iterable[str], group: Any) -> list[Resident]:
-    """The parameters outside `owned`, whole on every rank of `group`; empty ones are left out."""
+def replica_of_parameter(engine: Any, parameter: Any) -> tuple[int, int]:
+    """This rank's index among the ranks that hold the same whole parameter, and their number.
+
+    An expert's are the ranks of its expert-data-parallel group.
+    """
+    if getattr(parameter, "allreduce", True):
+        return replica_of(engine.seq_data_parallel_group)
+    return replica_of(engine.expert_data_parallel_group[parameter.group_name])
+
+
+def replicated_residents(
+    engine: Any, names: ParameterNames, owned: Iterable[str]
+) -> list[Resident]:
+    """The parameters outside `owned`, whole on this rank; empty ones are left out."""
     updated = set(owned)
-    index, count = replica_of(group)
     return [
-        Resident(name, shape_of(parameter), Interval(0, parameter.numel()), parameter, index, count)
+        Resident(
+            name, shape_of(parameter), Interval(0, parameter.numel()), parameter,
+            *replica_of_parameter(engine, parameter),
+        )
         for name, parameter in names
         if name not in updated and parameter.numel()
-    ]
+    ]  # fmt: skip
+
+
+def _expert_names(engine: Any) -> dict[int, str]:
+    """The names of this rank's expert parameters, by identity."""
+    found: dict[int, str] = {}
+    for prefix, module in engine.module.named_modules():
+        if not isinstance(module, MoE):
+            continue
+        index, _ = replica_of(engine.expert_parallel_group[module.expert_group_name])
+        experts = module.deepspeed_moe.experts
+        path = f"{prefix}.deepspeed_moe.experts.deepspeed_experts".removeprefix(".")
+        for local, expert in enumerate(experts.deepspeed_experts):
+            number = index * experts.num_local_experts + local
+            for name, parameter in expert.named_parameters():
+                found.setdefault(id(parameter), f"{path}.{number}.{name}")
+    return found

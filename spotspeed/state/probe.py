@@ -11,8 +11,8 @@ from spotspeed.errors import UnsupportedLayoutError
 from spotspeed.state.partition import Partition
 
 SUPPORTED = (
-    "supported are ZeRO stages 0 to 3 and BF16_Optimizer in data parallelism, in device memory or "
-    "with CPU offload"
+    "supported are ZeRO stages 0 to 3 and BF16_Optimizer in device memory or with CPU offload, "
+    "in data parallelism, and with pipeline or expert parallelism"
 )
 
 
@@ -51,12 +51,9 @@ def _unsupported(engine: Any) -> Iterable[str]:
     compile_config: Any = getattr(engine._config, "compile_config", None)
     if optimizer is None or "dummyoptim" in names or "zerooffload" in names:
         yield "an engine without an optimizer (there is nothing to resume)"
-    if getattr(engine, "pipeline_parallelism", False):
-        yield "pipeline parallelism (PipelineModule)"
-    if getattr(engine, "has_moe_layers", False):
-        yield "mixture of experts (MoE or AutoEP layers)"
-    if getattr(engine, "mp_world_size", 1) > 1 or _size(engine, "autotp_size") > 1:
-        yield f"tensor parallelism of {max(engine.mp_world_size, _size(engine, 'autotp_size'))}"
+    if _tensor_parallel_size(engine) > 1:
+        yield f"tensor parallelism of {_tensor_parallel_size(engine)}"
+    yield from _unsupported_experts(engine)
     if type(engine).__name__ == "DeepSpeedHybridEngine":
         yield "the hybrid engine (it keeps inference copies of the weights)"
     if getattr(engine, "zenflow", False) or "zenflow" in names:
@@ -72,6 +69,22 @@ def _unsupported(engine: Any) -> Iterable[str]:
     if any(hasattr(parameter, "ds_optim_param") for parameter in engine.module.parameters()):
         yield "OptimizedLinear (its frozen weights are sharded beside ZeRO)"
     yield from _unsupported_offload(optimizer)
+
+
+def _unsupported_experts(engine: Any) -> Iterable[str]:
+    if not getattr(engine, "has_moe_layers", False):
+        return
+    if engine.zero_optimization_stage() == 3:
+        yield "mixture of experts in ZeRO stage 3"
+    names = {type(module).__name__ for module in engine.module.modules()}
+    if "AutoEPMoELayer" in names:
+        yield "AutoEP (it numbers its experts in another way)"
+
+
+def _tensor_parallel_size(engine: Any) -> int:
+    if getattr(engine, "pipeline_parallelism", False):  # Stages count as model parallel there.
+        return int(engine.grid.model_parallel_size)
+    return max(int(getattr(engine, "mp_world_size", 1)), _size(engine, "autotp_size"))
 
 
 def _unsupported_offload(optimizer: Any) -> Iterable[str]:

@@ -9,7 +9,7 @@ import torch
 from spotspeed.core.interval import Interval
 from spotspeed.state.parameters import (
     ParameterNames,
-    replica_of,
+    replica_of_parameter,
     replicated_residents,
     shape_of,
 )
@@ -31,13 +31,13 @@ class ReplicatedLayout:
         return self._engine.optimizer
 
     def partitions(self) -> list[Partition]:
-        replica = replica_of(self._engine.seq_data_parallel_group)
         found = []
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if self._is_trained(parameter) and parameter.numel():
                     name, shape = self._names.of(parameter), shape_of(parameter)
                     slot = Slot(name, shape, Interval(0, parameter.numel()), 0)
+                    replica = replica_of_parameter(self._engine, parameter)
                     found.append(Partition(parameter, (slot,), (name,), group, *replica))
         return found
 
@@ -48,7 +48,7 @@ class ReplicatedLayout:
 
     def residents(self) -> list[Resident]:
         owned = (name for partition in self.partitions() for name in partition.names)
-        return replicated_residents(self._names, owned, self._engine.seq_data_parallel_group)
+        return replicated_residents(self._engine, self._names, owned)
 
     def group_names(self) -> list[list[str]]:
         return [

@@ -23,6 +23,7 @@ from spotspeed.state import counters, groups, rng, scaler, schedule
 from spotspeed.state.buffers import BufferCopy, Buffers
 from spotspeed.state.cursor import Cursor, resume_cursor
 from spotspeed.state.late import LateState
+from spotspeed.state.mesh import is_divided
 from spotspeed.state.piece import Piece
 from spotspeed.state.plain_tensors import to_plain
 from spotspeed.state.rng import RngState
@@ -87,6 +88,7 @@ class SmallState:
         self._seed = int(torch.initial_seed() if seed is None else seed)
         self._rank, self._world_size = int(engine.global_rank), int(engine.world_size)
         self._buffers = Buffers(engine.module)
+        self._is_divided = is_divided(engine)
         self._lock = threading.Lock()
         self._slots: list[_Slot] = []
         self._is_asynchronous = not get_accelerator().is_synchronized_device()
@@ -142,13 +144,16 @@ class SmallState:
 
     def rank(self, record: Record) -> dict[str, Any]:
         """What belongs to this rank alone, as plain data but for tensors."""
-        return {
+        state = {
             "version": _VERSION,
             "step": record.step,
             "rank": self._rank,
             "world_size": self._world_size,
             "rng": record.rng.to_dict(),
         }
+        if self._is_divided:  # Rank 0 has other parameters, and may have other groups.
+            state["groups"] = groups.describe(record.groups, self._group_names())
+        return state
 
     def buffer_pieces(self, record: Record) -> list[Piece]:
         """This rank's buffers; the tensors belong to the record and stay as they are."""
@@ -188,7 +193,8 @@ class SmallState:
             raise FormatError(
                 f"the job state is of {job['world_size']} ranks, the checkpoint of {written_by}"
             )
-        planned = groups.plan(job["groups"], self._group_names()) if "groups" in parts else []
+        stored_groups = (rank_state or {}).get("groups", job["groups"])
+        planned = groups.plan(stored_groups, self._group_names()) if "groups" in parts else []
         self._buffers.finish()
         notes: list[str] = []
         if "counters" in parts:
