@@ -5,7 +5,8 @@ SpotSpeedError
 ├── CaptureError               the live training state cannot be described or copied
 ├── PoolExhaustedError         the staging pool cannot hold what one save needs
 ├── StorageError               an object could not be read or written
-│   ├── TransientStorageError  the same call may succeed later; the only class that is retried
+│   ├── TransientStorageError  the same call may succeed later, and is tried again
+│   ├── UnreadableError        the device fails to read an object that is there
 │   └── ObjectNotFoundError    there is no such object or checkpoint
 ├── CorruptionError            stored bytes are not the bytes that were written
 │   ├── ChecksumMismatchError  a digest does not match
@@ -44,7 +45,14 @@ class StorageError(SpotSpeedError):
 
 
 class TransientStorageError(StorageError):
-    """The store failed in a way that a later attempt may not; the only class that is retried."""
+    """The store failed in a way that a later attempt may not; it is tried again for a while."""
+
+
+class UnreadableError(StorageError):
+    """The device fails to read an object that is there (EIO), at several attempts.
+
+    What a sealed checkpoint lists and cannot be read is damage, as if its bytes had changed.
+    """
 
 
 class ObjectNotFoundError(StorageError):

@@ -10,7 +10,7 @@ from spotspeed.checkpoint.parallel import in_parallel
 from spotspeed.checkpoint.sealed import open_manifest
 from spotspeed.core.lineage import Lineage, Place, place_of, trace_lineage
 from spotspeed.core.manifest import Manifest
-from spotspeed.errors import CorruptionError, FormatError, ObjectNotFoundError
+from spotspeed.errors import CorruptionError, FormatError, ObjectNotFoundError, UnreadableError
 from spotspeed.storage.contract import Storage
 
 _THREADS = 8
@@ -141,7 +141,7 @@ def _origin(storage: Storage, epoch: int) -> Place | Damaged | None:
         origin = read_restored(storage, epoch)
         if origin is not None and not 1 <= origin.epoch < epoch:
             raise FormatError(f"epoch {epoch} cannot have begun from epoch {origin.epoch}")
-    except CorruptionError as error:
+    except (CorruptionError, UnreadableError) as error:
         events.emit(events.FellBack(f"record of epoch {epoch}", str(error)))
         return Damaged(f"epoch {epoch}", str(error))
     return origin

@@ -24,6 +24,7 @@ from spotspeed.errors import (
     ObjectNotFoundError,
     SpotSpeedError,
     StorageError,
+    UnreadableError,
 )
 from spotspeed.storage.contract import Storage
 
@@ -83,17 +84,17 @@ def try_seal(storage: Storage, ticket: Ticket) -> Manifest | None:
 def roll_forward(storage: Storage) -> RollForward:
     """Seal every directory whose receipts are complete: its savers died just before they did.
 
-    A directory that contradicts itself is left as it is and reported.
+    A directory that contradicts itself or cannot be read is left as it is and reported.
     """
     sealed: list[Manifest] = []
     unsealed: list[Unsealed] = []
     for directory in storage.directories():
-        if place_of(directory) is None or _is_sealed(storage, directory):
-            continue
         try:
+            if place_of(directory) is None or _is_sealed(storage, directory):
+                continue
             ticket = _ticket_of(storage, directory)
             manifest = None if ticket is None else try_seal(storage, ticket)
-        except CorruptionError as error:
+        except (CorruptionError, UnreadableError) as error:
             unsealed.append(Unsealed(directory, str(error)))
             continue
         if manifest is None:

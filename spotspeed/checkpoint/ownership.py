@@ -33,7 +33,13 @@ from spotspeed.core.owner import (
     encode_owner,
     may_take_over,
 )
-from spotspeed.errors import FormatError, ObjectNotFoundError, OwnedError, StorageError
+from spotspeed.errors import (
+    FormatError,
+    ObjectNotFoundError,
+    OwnedError,
+    StorageError,
+    UnreadableError,
+)
 from spotspeed.storage.contract import Storage
 
 EPOCHS = "epochs"
@@ -257,6 +263,6 @@ def _read(storage: Storage, key: str) -> OwnerRecord | None:
         return decode_owner(storage.get(key, MAX_RECORD_BYTES), source=f"{storage.url}/{key}")
     except ObjectNotFoundError:
         return None
-    except FormatError as error:
+    except (FormatError, UnreadableError) as error:
         events.emit(events.Lost(f"owner record {key}", str(error)))
         return None

@@ -25,6 +25,7 @@ from spotspeed.errors import (
     CorruptionError,
     FormatError,
     ObjectNotFoundError,
+    UnreadableError,
 )
 from spotspeed.storage.contract import Storage
 
@@ -55,9 +56,17 @@ def place(storage: Storage, key: str) -> str:
 
 @contextlib.contextmanager
 def listed(storage: Storage, key: str) -> Iterator[None]:
-    """Turns the absence of `key`, which a sealed checkpoint lists, into CorruptionError."""
+    """Turns the absence of `key`, which a sealed checkpoint lists, into CorruptionError.
+
+    So it does with a device that cannot read it; a store that does not answer is no damage.
+    """
     try:
         yield
+    except UnreadableError as error:
+        raise CorruptionError(
+            f"{place(storage, key)}: the sealed checkpoint lists this file, and it cannot be read: "
+            f"{error}"
+        ) from error
     except ObjectNotFoundError as error:
         raise CorruptionError(
             f"{place(storage, key)}: the sealed checkpoint lists this file, and it is gone"
@@ -67,11 +76,16 @@ def listed(storage: Storage, key: str) -> Iterator[None]:
 def open_manifest(storage: Storage, directory: str, *, digest: str | None = None) -> Manifest:
     """The manifest of checkpoint `directory`, which must have `digest` if that is given.
 
-    Raises ObjectNotFoundError when there is none: the directory is no sealed checkpoint.
+    Raises ObjectNotFoundError when there is none: the directory is no sealed checkpoint;
+    CorruptionError when it is damaged or cannot be read.
     """
     key = f"{directory}/{MANIFEST_FILE}"
     source = place(storage, key)
-    manifest = decode_manifest(storage.get(key, MAX_DOCUMENT_BYTES), source=source)
+    try:
+        data = storage.get(key, MAX_DOCUMENT_BYTES)
+    except UnreadableError as error:
+        raise CorruptionError(f"{source}: the manifest cannot be read: {error}") from error
+    manifest = decode_manifest(data, source=source)
     if manifest.ticket.directory != directory:
         raise FormatError(f"{source}: belongs to {manifest.ticket.directory}")
     if digest is not None and manifest.digest != digest:

@@ -14,7 +14,7 @@ from spotspeed import events
 from spotspeed.core.frozen import FOLDER, plan_sweep, writer_of
 from spotspeed.core.lineage import Place, place_of
 from spotspeed.core.manifest import MAX_RECEIPT_BYTES, decode_receipt
-from spotspeed.errors import CorruptionError, ObjectNotFoundError, StorageError
+from spotspeed.errors import CorruptionError, ObjectNotFoundError, StorageError, UnreadableError
 from spotspeed.storage.contract import ObjectInfo, Storage
 
 _RECEIPT = ".receipt"
@@ -71,7 +71,7 @@ class Sweeper:
                 for info in self._storage.list(directory):
                     if info.key.endswith(_RECEIPT):
                         found[info.key] = self._read.get(info.key) or self._objects_of(info.key)
-        except CorruptionError as error:
+        except (CorruptionError, UnreadableError) as error:
             events.emit(events.Lost("frozen objects were not swept", str(error)))
             return None
         self._read = found

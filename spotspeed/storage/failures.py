@@ -9,6 +9,7 @@ from spotspeed.errors import (
     ObjectNotFoundError,
     StorageError,
     TransientStorageError,
+    UnreadableError,
 )
 
 TRANSIENT_ERRNOS = frozenset({
@@ -17,6 +18,10 @@ TRANSIENT_ERRNOS = frozenset({
     errno.EPIPE, errno.ESTALE, errno.ETIMEDOUT,
 })  # fmt: skip
 """What a network or a network file system reports and may not report at the next attempt."""
+
+UNREADABLE_ERRNOS = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EREMOTEIO})
+"""What a disk or file system reports when it has the file and cannot give its bytes: a bad sector,
+a checksum of the file system's own that does not match, damaged metadata."""
 
 _ADVICE = {
     errno.ENOSPC: "no space is left on the device; free some, lower `keep`, or move `path`",
@@ -43,7 +48,8 @@ def storage_error(
     """The error to raise for `error`, met while doing `operation` at `place`.
 
     With `size_bytes`, the text says that only `done_bytes` of them were handled. A missing file
-    becomes ObjectNotFoundError, a failure that may pass TransientStorageError.
+    becomes ObjectNotFoundError, a failure that may pass TransientStorageError, a device that fails
+    to read UnreadableError.
     """
     if isinstance(error, FileNotFoundError):
         return ObjectNotFoundError(f"{operation} {place}: there is no such object")
@@ -53,6 +59,8 @@ def storage_error(
     text = f"{operation} {place} failed{progress}: {_advice(error)}"
     if error.errno in TRANSIENT_ERRNOS:
         return TransientStorageError(text)
+    if operation == "read" and error.errno in UNREADABLE_ERRNOS:
+        return UnreadableError(text)
     return StorageError(text)
 
 
