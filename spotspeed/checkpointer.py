@@ -24,6 +24,7 @@ from spotspeed.exit import EXIT_NOT_DURABLE, LOSS_ERRORS, ExitWatch, watch_refus
 from spotspeed.interruption import Interruption
 from spotspeed.state import boundary, loader_guard
 from spotspeed.state.engine import Engine, rank_of, require_block, world_size_of
+from spotspeed.state.late import LateState, Source, Stateful
 from spotspeed.state.loader import engine_batches
 from spotspeed.state.provider import provider_for
 from spotspeed.state.small import SmallState
@@ -45,13 +46,14 @@ class Checkpointer:
     """
 
     def __init__(self, engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
-                 is_implicit: bool = False) -> None:  # fmt: skip
+                 state: Mapping[str, Stateful] | None = None, is_implicit: bool = False,
+                 ) -> None:  # fmt: skip
         """`is_implicit`: nobody attached it, so nothing is saved that was not asked for."""
         self.engine, self.config, self.loader = engine, config, loader
         self.is_implicit = is_implicit
         self.rank, self.world_size = rank_of(engine), world_size_of(engine)
         self._provider = provider_for(engine)
-        self._small = SmallState(engine, self._provider.group_names)
+        self._small = SmallState(engine, self._provider.group_names, late=LateState(state))
         self._restored: Restored | None = None
         self._has_restored = self._is_started = self._is_closed = False
         self._save_began = time.monotonic()
@@ -59,7 +61,7 @@ class Checkpointer:
         self._session: Session = open_session(
             config, self.rank, self.world_size, listener=self._cuts
         )
-        self._saves = SaveQueue(self._begin)
+        self._saves = SaveQueue(self._begin, self._small.late.await_end)
         self._register = SaveRegister(self._saves)
         self._exit = ExitWatch(self._close_at_exit)
         self._cuts.begin(self._session, self._exit)
@@ -116,6 +118,7 @@ class Checkpointer:
     def save(self, tag: str | None = None) -> SaveHandle:
         """Save the last completed step; call it on every rank. Returns before bytes are copied."""
         self._start()
+        self._small.end_step()
         step = int(self.engine.global_steps)
         return self.submit(step, f"x{tag or step}", tag or f"step-{step}", "explicit")
 
@@ -130,6 +133,7 @@ class Checkpointer:
         step = int(self.engine.global_steps)
         if self.engine.micro_steps % self.engine.gradient_accumulation_steps() == 0:
             self._small.record()
+        self._small.end_step()
         handle = self.submit(step, self._register.name(step, named), named.tag, "explicit")
         return handle if finish is None else self._register.then(handle, finish)
 
@@ -151,6 +155,7 @@ class Checkpointer:
         """The state is about to be replaced: what comes after is the next epoch's."""
         with self._cuts.lock:
             self._cuts.is_changing, self._restored = True, None
+        self._small.end_step()
         self._saves.close_window(CLOSE_TIMEOUT_S)
         self._register.drop_hopeless(self.exchange)
         self._register.settle(CLOSE_TIMEOUT_S)
@@ -172,6 +177,19 @@ class Checkpointer:
     def exchange(self) -> Exchange:
         return self._session.coordinator.exchange
 
+    def end_step(self) -> None:
+        """All that belongs to the last step is done: `state` is complete for it.
+
+        The next forward, a save and close() say the same; a loop that does long work before any of
+        these may say it first, so that a notice finds the state complete.
+        """
+        self._small.end_step()
+
+    def add_late(self, name: str, source: Source) -> None:
+        """Record one more kind of late state from now on (state/late.py); for integrations."""
+        self._small.late.add(name, source)
+        self._binding.watches_forward = True
+
     def request_save(self) -> None:
         """Ask all ranks to save the same step, soon; from any rank and any thread."""
         self._save_began = time.monotonic()
@@ -190,9 +208,10 @@ class Checkpointer:
             return
         try:
             self._start()
+            self._small.end_step()
             step = int(self.engine.global_steps)
-            is_saved = self.is_implicit or self._has_everywhere(exchange, step)
-            last = None if is_saved else self._final(step)
+            is_kept = self.is_implicit or self._has_everywhere(exchange, step)
+            last = None if is_kept else self.submit(step, "final", f"step-{step}", "final")
             self._register.drop_hopeless(exchange)
             self._register.settle(CLOSE_TIMEOUT_S)
             if last is not None:
@@ -207,8 +226,9 @@ class Checkpointer:
     # Hooks of the engine, on the main thread.
 
     def before_forward(self, engine: Any) -> None:
-        """The first step after attach or restore begins."""
+        """The first step begins, or one whose predecessor ends here."""
         self._start()
+        self._small.end_step()
         loader_guard.release()
         self._binding.watches_forward = False
 
@@ -223,6 +243,8 @@ class Checkpointer:
     def before_update(self, engine: Any) -> None:
         """The next update begins only when nothing of the last step is still to be copied."""
         self._start()
+        if self._small.late and self._binding.watches_forward:
+            self._small.end_step()  # A pipeline's step has no forward of its own.
         held_s = self._saves.close_window(self.config.staging.max_hold_s)
         if held_s > STALL_REPORT_S:
             events.emit(events.Stalled("staging", held_s, int(engine.global_steps)))
@@ -234,6 +256,7 @@ class Checkpointer:
         """A step is complete: keep what the next forward changes, and save if it is time."""
         step = int(engine.global_steps)
         self._small.record()
+        self._binding.watches_forward = bool(self._small.late)
         if self.is_on_grid(step):
             self.submit(step, "p", f"step-{step}", "periodic")
         elif self.rank == 0 and self._is_time():
@@ -250,6 +273,9 @@ class Checkpointer:
         """Whether every rank saves at this step of its own accord."""
         every, first = self.config.interval.steps, self._restored.step if self._restored else 0
         return every is not None and step > first and step % every == 0
+
+    def hurry(self) -> None:
+        self._small.late.hurry()
 
     def standing(self) -> Standing | None:
         """The checkpoint that was restored, which holds exactly its step."""
@@ -290,9 +316,6 @@ class Checkpointer:
         """Whether `interval.seconds` have passed since the last save began."""
         seconds = self.config.interval.seconds
         return seconds is not None and time.monotonic() - self._save_began >= seconds
-
-    def _final(self, step: int) -> SaveHandle:
-        return self.submit(step, "final", f"step-{step}", "final")
 
     def _begin(self, handle: SaveHandle) -> Any:
         """Describe and stage one save, on the queue's thread."""
@@ -339,23 +362,35 @@ class Checkpointer:
             self._is_closed = True
             boundary.unbind(self.engine)
             loader_guard.release()
+            self._small.late.close()
             self._saves.close()
             is_done = not self._saves.unfinished()
             self._session.close(is_done=is_done, is_awaited=is_awaited)
             self._exit.disarm()
 
 
-def attach(engine: Engine, *, loader: Any = None) -> Checkpointer:
+def attach(
+    engine: Engine, *, loader: Any = None, state: Mapping[str, Stateful] | None = None
+) -> Checkpointer:
     """Checkpoint `engine` from now on, as its config's "spotspeed" block says.
 
     Call it on every rank right after `deepspeed.initialize`; `loader`, a DataLoader of a map-style
-    data set, is what `Checkpointer.batches` iterates. Raises ConfigError for a block that is
-    missing or wrong, UnsupportedLayoutError for a layout that spotspeed does not know, and
-    OwnedError when another living job has the path; the same on every rank.
+    data set, is what `Checkpointer.batches` iterates.
+
+    `state` names objects with state_dict() and load_state_dict() that are saved and restored with
+    the engine: small plain data and tensors, each rank its own, recorded every step. What can be
+    iterated (a data source) is recorded inside `engine.step()`, everything else when the step has
+    ended, at the latest when the next forward begins. `restore` gives each rank its own state back;
+    on another number of ranks all get rank 0's. Where a notice left no time for a step to end,
+    `restore` takes the newest checkpoint that has its state.
+
+    Raises ConfigError for a block that is missing or wrong, UnsupportedLayoutError for a layout
+    that spotspeed does not know, and OwnedError when another living job has the path; the same on
+    every rank.
     """
     watch_refusals()
     try:
-        return Checkpointer(engine, require_block(engine), loader)
+        return Checkpointer(engine, require_block(engine), loader, state=state)
     except SpotSpeedError:
         boundary.unbind(engine)
         raise

@@ -43,6 +43,10 @@ class Saves(Protocol):
         """Whether every rank saves at this step of its own accord."""
         ...
 
+    def hurry(self) -> None:
+        """There is no time to wait long for what a save still lacks."""
+        ...
+
     def standing(self) -> Standing | None:
         """What was restored and has been trained on from, if anything."""
         ...
@@ -107,6 +111,8 @@ class Interruption:
         if cut.lost:
             why = f"rank {cut.lost[0]} is lost, and its part of step {cut.step} with it"
             return coordinator.report_failed(cut.round, why)
+        if cut.stop:
+            self._saves.hurry()
         attempt, reason = cut.attempt, "notice" if cut.stop else "periodic"
         if self._saves.is_on_grid(cut.step):
             attempt, reason = "p", "periodic"

@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 from spotspeed.checkpointer import attach
+from spotspeed.integrations import huggingface
 from spotspeed.state import boundary
 from spotspeed.state.engine import block_of
 
@@ -26,6 +27,7 @@ def install() -> None:
     """
     boundary.install_hooks()
     boundary.on_new_engine(_attach_new)
+    huggingface.plug_in()
 
 
 def _attach_new(engine: Any) -> None:

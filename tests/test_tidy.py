@@ -25,7 +25,7 @@ MAX_COLUMNS = 100
 MAX_TRACKED_BYTES = 1 << 20
 
 FLOORS = {
-    "cli": 6, "run": 5, "integrations": 5, "testing": 5,
+    "cli": 6, "run": 6, "integrations": 5, "testing": 5,
     "checkpointer": 4, "supervisor": 4, "agent": 4, "report": 4,
     "checkpoint": 3,
     "state": 2, "staging": 2, "codec": 2, "storage": 2, "coordinator": 2, "sim": 2,
@@ -33,7 +33,7 @@ FLOORS = {
     "errors": 0, "_native": 0, "__init__": 0,
 }  # fmt: skip
 ROOM_OF = {
-    "__main__": "cli", "cli_exchange": "cli", "cli_job": "cli", "launch": "checkpointer",
+    "__main__": "cli", "cli_exchange": "cli", "cli_job": "cli", "launch": "run",
     "interruption": "checkpointer", "supervised": "exit",
     "doctor": "report", "api": "checkpointer", "dropin": "checkpointer",
 }  # fmt: skip

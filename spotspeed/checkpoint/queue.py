@@ -160,10 +160,14 @@ Begin = Callable[[SaveHandle], StagedSave]
 
 
 class SaveQueue:
-    """Runs `begin` for each submitted save on one daemon thread, in order."""
+    """Runs `begin` for each submitted save on one daemon thread, in order.
 
-    def __init__(self, begin: Begin) -> None:
-        self._begin = begin
+    `await_state(step, over)` returns when the state of a step is complete, which may take long, or
+    when the save is over.
+    """
+
+    def __init__(self, begin: Begin, await_state: Callable[[int, Future[Manifest]], None]) -> None:
+        self._begin, self._await_state = begin, await_state
         self._jobs: queue.SimpleQueue[SaveHandle | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._handles: list[SaveHandle] = []
@@ -210,6 +214,7 @@ class SaveQueue:
 
     def _run(self) -> None:
         while (handle := self._jobs.get()) is not None:
+            self._await_state(handle.step, handle.upload_completion)
             handle._begin(self._begin)
 
 

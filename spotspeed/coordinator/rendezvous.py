@@ -60,7 +60,7 @@ def find_rendezvous(world_size: int) -> Rendezvous:
     world = _mpi_world(world_size)
     if world is not None:
         return MpiRendezvous(world)
-    store = _default_store()
+    store = default_store()
     if store is None:
         raise CoordinationError(
             "the ranks cannot find each other: torch.distributed is not initialised; call "
@@ -104,7 +104,7 @@ class StoreRendezvous:
 
     def __init__(self, store: Any) -> None:
         self.name = f"the job's {type(_innermost(store)).__name__}"
-        self._store = _second_client(store)
+        self._store = second_client(store)
 
     def meet(self, own: Endpoint, *, world_size: int, timeout_s: float) -> Introduction:
         prefix = f"spotspeed/rendezvous/{next(_attempts)}"
@@ -179,7 +179,8 @@ def _is_libmpi_loaded() -> bool:
     return "/libmpi" in Path("/proc/self/maps").read_text(errors="replace")
 
 
-def _default_store() -> Any | None:
+def default_store() -> Any | None:
+    """The store of torch.distributed's default group; None where there is none."""
     from torch import distributed
 
     if not distributed.is_available() or not distributed.is_initialized():
@@ -193,6 +194,6 @@ def _innermost(store: Any) -> Any:
     return store
 
 
-def _second_client(store: Any) -> Any:
+def second_client(store: Any) -> Any:
     """The same keys through a client of its own: a blocking wait locks the training's client."""
     return store.clone() if hasattr(store, "clone") else store

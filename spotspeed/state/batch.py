@@ -8,14 +8,12 @@ raises ConfigError instead. Nothing is imported here for that.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from spotspeed.errors import ConfigError
+from spotspeed.state.imports import after_import
 
 _MODULE = "deepspeed.runtime.config"
 _MARK = "_spotspeed_explains"
@@ -32,11 +30,7 @@ def explain_batches(on_refusal: Callable[[], None]) -> None:
     `on_refusal` is called before the ConfigError is raised. Only configs with a "spotspeed" block
     are concerned. Again is harmless.
     """
-    module = sys.modules.get(_MODULE)
-    if module is not None:
-        _wrap(module, on_refusal)
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch(on_refusal))
+    after_import(_MODULE, lambda module: _wrap(module, on_refusal))
 
 
 def fitting_ranks(config: Mapping[str, Any]) -> list[int]:
@@ -51,31 +45,6 @@ def fitting_ranks(config: Mapping[str, Any]) -> list[int]:
         return [ranks]
     small = [number for number in range(1, int(ranks**0.5) + 1) if ranks % number == 0]
     return sorted({*small, *(ranks // number for number in small)})
-
-
-class _Watch:
-    """A finder that waits for the module to be imported, wraps its check and is gone."""
-
-    def __init__(self, on_refusal: Callable[[], None]) -> None:
-        self._on_refusal = on_refusal
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The module's own spec, with the wrap after its execution; None for all others."""
-        if name != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _wrap(module, self._on_refusal)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
 
 
 def _wrap(module: ModuleType, on_refusal: Callable[[], None]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -123,15 +124,12 @@ class LateState:
             self._gives_up_at = 0.0
             self._changed.notify_all()
 
-    def wake(self) -> None:
-        """Let `wait` look again at what it was given."""
+    def await_end(self, step: int, over: Future[Any]) -> None:
+        """Wait until `step` has ended, nobody is to wait any more, or `over` is done."""
+        if self._sources:
+            over.add_done_callback(lambda _: self._wake())
         with self._changed:
-            self._changed.notify_all()
-
-    def wait(self, step: int, is_over: Callable[[], bool]) -> None:
-        """Wait until `step` has ended, nobody is to wait any more, or `is_over()`."""
-        with self._changed:
-            while self._sources and not self._has_ended(step) and not is_over():
+            while self._sources and not self._has_ended(step) and not over.done():
                 left_s = None
                 if self._gives_up_at is not None:
                     left_s = self._gives_up_at - time.monotonic()
@@ -181,6 +179,10 @@ class LateState:
             except Exception as error:  # the user's object may raise anything
                 raise FormatError(f"state {name!r}: load_state_dict: {error!r}") from error
         return [f"state {name!r} is not in it: left as it is" for name in missing]
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _has_ended(self, step: int) -> bool:
         record = self._records.get(step)

@@ -1,0 +1,81 @@
+"""Hugging Face Trainer under `spotspeed.run`: interrupted anywhere, it goes on bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.job import Job, Launch, Launcher, by_mpirun
+from tests.ranks import ROOT, free_port
+
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformers") is None
+        or importlib.util.find_spec("accelerate") is None,
+        reason='needs transformers and accelerate: pip install "spotspeed[huggingface]"',
+    ),
+]
+SCRIPT = ROOT / "tests" / "distributed" / "drivers" / "hf_train.py"
+STEPS = 24
+"""Of a whole training: three epochs of eight steps."""
+
+
+def job_at(folder: Path, stage: int = 2, **block: Any) -> Job:
+    return Job(folder, stage, {"interval": {"seconds": None}, **block}, script=SCRIPT)
+
+
+def words_of(job: Job, *more: str, is_plain: bool = False) -> list[str]:
+    """The script's arguments for one training; a plain one has no block."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+        "zero_optimization": {"stage": job.stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+    }  # fmt: skip
+    if not is_plain:
+        config["spotspeed"] = {"path": str(job.path), **job.block}
+    file = job.folder / "ds_config.json"
+    file.write_text(json.dumps(config))
+    return [str(job.log), "--output_dir", str(job.folder / "out"), "--deepspeed", str(file),
+            "--use_cpu", "--ddp_backend", "gloo", "--per_device_train_batch_size", "4",
+            "--learning_rate", "0.01", "--num_train_epochs", str(STEPS // 8),
+            "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "True", *more]  # fmt: skip
+
+
+def start(job: Job, words: list[str], ranks: int = 2, launcher: Launcher = by_mpirun) -> Launch:
+    port = free_port()
+    return Launch(job, port, [*launcher(ranks, port), "-m", "spotspeed.run", str(SCRIPT), *words])
+
+
+def by_step(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Everything that was logged of each step; what was logged twice must agree."""
+    found: dict[int, dict[str, Any]] = {}
+    for record in records:
+        assert found.setdefault(record["step"], record) == record
+    return found
+
+
+def test_trainer_is_interrupted_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    plain, job = job_at(tmp_path / "plain"), job_at(tmp_path / "job")
+    saves = ("--save_steps", "5")
+    whole = words_of(plain, "--save_strategy", "no", is_plain=True)
+    with start(job, [*whole, "--then", *words_of(job, *saves)]) as launch:
+        launch.wait_step(6)
+        launch.ranks()[1].send_signal(signal.SIGUSR1)
+        finished = launch.finish()
+    assert finished.returncode == 75, finished.output[-6000:]
+    reference, last = by_step(plain.records()), job.records()[-1]["step"]
+    assert len(reference) == STEPS and job.sealed()[0] == last
+    with start(job, words_of(job, *saves)) as launch:
+        finished = launch.finish()
+    assert finished.returncode == 0, finished.output[-6000:]
+    assert launch.records()[0]["step"] == last + 1 and STEPS - last >= 4
+    assert by_step(job.records()) == reference, "losses, rates, epochs and history"
+    assert f"checkpoint-{last}" in {path.name for path in (job.folder / "out").iterdir()}
