@@ -20,6 +20,7 @@ TEST_ARGS ?=
 # Test files run side by side; those of one file share launches, so a file stays together.
 TEST_WORKERS ?= 2
 SOAK_MINUTES ?= 60
+SOAK_SCHEDULES ?= 1000000
 SANITIZE_DIR := build/sanitize
 
 # The versions of constraints.txt hold in isolated builds too: nothing fetches another torch.
@@ -64,8 +65,12 @@ tidy: venv
 bench: venv prewarm
 	@for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
 
-# Every round has seeds of its own, printed first, so that what fails can be run again.
+# First the cut rule in a million schedules, both machines in lockstep. Then rounds: each has seeds of
+# its own, printed first, so that what fails can be run again.
 soak: venv stores prewarm
+	@seed=$$RANDOM; echo "soak: $(SOAK_SCHEDULES) schedules, --hypothesis-seed=$$seed"; \
+	SPOTSPEED_SCHEDULES=$(SOAK_SCHEDULES) $(PYTHON) -m pytest -q -x -p no:cacheprovider \
+	  --hypothesis-seed=$$seed tests/property/test_cut_rule.py -k thousands
 	@stop=$$((SECONDS + $(SOAK_MINUTES) * 60)); round=0; \
 	while [ $$SECONDS -lt $$stop ]; do \
 	  round=$$((round + 1)); seed=$$((RANDOM * 32768 + RANDOM)); \

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent
 SOURCES = ROOT / "csrc"
 ABSENT = "csrc/device_absent.cpp"
 DEFAULT_ARCHS = "80;90"
-HOST_FLAGS = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+HOST_FLAGS = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread",
+              "-Wno-maybe-uninitialized"]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// The Python module spotspeed._native; the only file that knows Python.
+// The Python module spotspeed._native; only the files called bindings* know Python.
 //
 // Every binding checks sizes and addresses before memory is touched, and releases the GIL while
 // bytes move. What a job borrows is kept alive by the `keep` object that its handle holds.
@@ -24,6 +24,8 @@
 
 namespace py = pybind11;
 using namespace spotspeed;
+
+void bind_cut(py::module_& module);
 
 namespace {
 
@@ -294,7 +296,7 @@ void bind_device(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Native parts of spotspeed: host copies, shared arenas, byte planes, CUDA copies.";
+  module.doc() = "Native parts of spotspeed: copies, shared arenas, byte planes, CUDA, the cut.";
   py::register_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
@@ -311,4 +313,5 @@ PYBIND11_MODULE(_native, module) {
   bind_planes(module);
   bind_pack(module);
   bind_device(module);
+  bind_cut(module);
 }

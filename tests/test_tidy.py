@@ -242,13 +242,13 @@ def check_machine_paths(file: File) -> Iterator[Finding]:
 
 
 def check_native(file: File) -> Iterator[Finding]:
-    """Only bindings.cpp knows Python, and headers state what callers must know."""
+    """Only bindings*.cpp know Python, and headers state what callers must know."""
     if file.path.suffix not in NATIVE:
         return
-    if file.path.name != "bindings.cpp":
+    if not (file.path.name.startswith("bindings") and file.path.suffix == ".cpp"):
         for number, line in enumerate(file.lines, 1):
             if re.match(r"\s*#\s*include\s*[<\"](pybind11|Python\.h|torch)", line):
-                yield number, "Python outside bindings.cpp"
+                yield number, "Python outside bindings*.cpp"
             if re.search(r"\b(std::)?(exit|abort|quick_exit)\s*\(", line) and "tests" not in str(
                 file.path
             ):

@@ -112,5 +112,5 @@ def _mismatch(offers: dict[int, Gather]) -> str:
     ranks: dict[str, list[int]] = {}
     for rank, offer in sorted(offers.items()):
         ranks.setdefault(offer.label, []).append(rank)
-    told = "; ".join(f"ranks {who[:8]} exchange {label!r}" for label, who in ranks.items())
+    told = "; ".join(f"ranks {who[:8]} exchange '{label}'" for label, who in ranks.items())
     return f"the ranks are not at the same place of the program: {told}"

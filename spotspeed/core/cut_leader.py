@@ -209,7 +209,7 @@ class Leader:
         if len(digests) == 1:
             return digests.pop(), ""
         if digests:
-            return None, f"the ranks know different seals: {sorted(map(str, digests))}"
+            return None, f"the ranks know different seals: {', '.join(sorted(map(str, digests)))}"
         failed = [report.why for report in entry.reports.values() if report.phase is Phase.FAILED]
         return None, failed[0] if failed else "all parts were written, but nobody has seen the seal"
 

@@ -17,7 +17,7 @@ import msgpack
 from spotspeed.errors import FormatError
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-MAX_TEXT_BYTES = 4096
+MAX_TEXT_CHARACTERS = 4096
 MAX_INT = 2**63 - 1
 
 
@@ -207,7 +207,7 @@ _CODES: dict[Any, int] = {cls: code for code, cls in _TYPES.items()}
 
 
 def encode(term: Term, message: Message) -> bytes:
-    """The wire form of `message`, sent under `term`."""
+    """The wire form of `message`, sent under `term`; text is cut to MAX_TEXT_CHARACTERS."""
     body = [_plain(getattr(message, name)) for name in _NAMES[type(message)]]
     packed: bytes = msgpack.packb(
         [_CODES[type(message)], term.counter, term.leader, *body], use_bin_type=True
@@ -235,6 +235,8 @@ def decode(data: bytes, *, source: str) -> tuple[Term, Message]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value[:MAX_TEXT_CHARACTERS]
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     names = _NAMES.get(type(value))
@@ -263,8 +265,8 @@ def _bool(raw: Any, what: str) -> bool:
 
 
 def _text(raw: Any, what: str) -> str:
-    if not isinstance(raw, str) or len(raw) > MAX_TEXT_BYTES:
-        raise FormatError(f"{what} is {raw!r:.80}, expected text of up to {MAX_TEXT_BYTES}")
+    if not isinstance(raw, str) or len(raw) > MAX_TEXT_CHARACTERS:
+        raise FormatError(f"{what} is {raw!r:.80}, expected text of up to {MAX_TEXT_CHARACTERS}")
     return raw
 
 

@@ -30,14 +30,16 @@ from spotspeed.testing.cut_scenario import HORIZON_S, Fault, Scenario, draw
 
 MAX_EVENTS = 60_000
 GRACE_S = 1.0
+MachineType = Callable[..., Any]
+"""Makes what has the interface of CutMachine."""
 
 
 class Rank:
     """One simulated process: its machine and its main thread."""
 
-    def __init__(self, number: int, scenario: Scenario) -> None:
+    def __init__(self, number: int, scenario: Scenario, machine: MachineType) -> None:
         self.number = number
-        self.machine = CutMachine(number, scenario.world_size, now=0.0, timing=scenario.timing)
+        self.machine = machine(number, scenario.world_size, now=0.0, timing=scenario.timing)
         self.is_alive = True
         self.step = 0
         self.waits_at: int | None = None
@@ -52,11 +54,11 @@ class Rank:
 class World:
     """All ranks, the network between them, their savers, and simulated time."""
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, machine: MachineType = CutMachine) -> None:
         self.scenario = scenario
         self.now = 0.0
         self.rng = random.Random(scenario.seed ^ 0x5EED)
-        self.ranks = [Rank(number, scenario) for number in range(scenario.world_size)]
+        self.ranks = [Rank(number, scenario, machine) for number in range(scenario.world_size)]
         self.judge = Judge(scenario, self.ranks)
         self.receipts: dict[str, dict[int, int]] = {}
         self.is_encoded = scenario.seed % 16 == 0
@@ -331,16 +333,16 @@ class World:
             self.act(rank, rank.machine.durable(cut.round, digest, self.now))
 
 
-def run(scenario: Scenario) -> str | None:
+def run(scenario: Scenario, machine: MachineType = CutMachine) -> str | None:
     """What went wrong in one schedule, or None."""
     try:
-        World(scenario).run()
+        World(scenario, machine).run()
     except Violation as violation:
         return f"seed {scenario.seed} ({scenario.kind}, {scenario.world_size} ranks): {violation}"
     return None
 
 
-def soak(count: int, *, first_seed: int = 0) -> list[str]:
+def soak(count: int, *, first_seed: int = 0, machine: MachineType = CutMachine) -> list[str]:
     """Run so many schedules; what went wrong, each with the seed that replays it."""
-    outcomes = (run(draw(seed)) for seed in range(first_seed, first_seed + count))
+    outcomes = (run(draw(seed), machine) for seed in range(first_seed, first_seed + count))
     return [violation for violation in outcomes if violation is not None]

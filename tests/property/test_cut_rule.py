@@ -1,31 +1,25 @@
 """The cut rule in thousands of simulated schedules, and proof that the simulator can tell.
 
-`pytest --hypothesis-seed=N` runs other schedules than the fixed ones (`make soak` does).
+The native machine and its Python reference run in lockstep. `pytest --hypothesis-seed=N` runs other
+schedules than the fixed ones, SPOTSPEED_SCHEDULES so many (`make soak` does both).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from spotspeed.core.cut import CutMachine
-from spotspeed.core.cut_fence import Plan
-from spotspeed.core.cut_gate import OPEN, Gate
-from spotspeed.core.cut_leader import Leader, Round
-from spotspeed.core.cut_member import Member
-from spotspeed.core.cut_messages import Decide, Phase, Report
-from spotspeed.core.cut_wishes import Wishes
+from spotspeed.testing.cut_lockstep import Lockstep
 from spotspeed.testing.cut_scenario import Fault, Scenario, draw
 from spotspeed.testing.cut_simulator import World, run, soak
+from tests.property.wrong_rules import WRONG_RULES, Patch, listening_to_the_lost
 
-SCHEDULES = 10_000
+SCHEDULES = int(os.environ.get("SPOTSPEED_SCHEDULES", "10000"))
 PATIENCE = 4_000
 """A wrong rule must be caught within so many schedules."""
-
-Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 @pytest.fixture
@@ -34,14 +28,14 @@ def first_seed(request: pytest.FixtureRequest) -> int:
     return int(chosen) * SCHEDULES if chosen and str(chosen).isdigit() else 0
 
 
-def test_ten_thousand_schedules_keep_every_promise(first_seed: int) -> None:
-    assert soak(SCHEDULES, first_seed=first_seed) == []
+def test_thousands_of_schedules_keep_every_promise(first_seed: int) -> None:
+    assert soak(SCHEDULES, first_seed=first_seed, machine=Lockstep) == []
 
 
 @pytest.mark.parametrize("kind", ["quiet", "lossy", "crash", "split", "suspicion"])
 def test_large_jobs_keep_every_promise(kind: Any, first_seed: int) -> None:
     seeds = range(first_seed, first_seed + 8)
-    found = [run(draw(seed, world_size=64, kind=kind)) for seed in seeds]
+    found = [run(draw(seed, world_size=64, kind=kind), Lockstep) for seed in seeds]
     assert found == [None] * len(seeds)
 
 
@@ -63,170 +57,7 @@ def trace(seed: int) -> list[tuple[float, int, str]]:
     return told
 
 
-# Wrong rules. Each is one change to the machine; the first five look tempting.
-
-
-def park_at_the_own_next_boundary(patch: pytest.MonkeyPatch) -> None:
-    original = Member.decide
-
-    def decide(self: Member, message: Decide, now: float) -> None:
-        original(self, Decide(replace(message.cut, step=self.gate.started)), now)
-
-    patch.setattr(Member, "decide", decide)
-
-
-def report_without_lock(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Gate, "lock", lambda self: self.started)
-
-
-def one_more_than_the_largest_without_lock(patch: pytest.MonkeyPatch) -> None:
-    report_without_lock(patch)
-    original = Leader._decide
-    patch.setattr(Leader, "_decide", lambda self, entry, step, now: original(
-        self, entry, step + 1, now))  # fmt: skip
-
-
-def largest_completed(patch: pytest.MonkeyPatch) -> None:
-    def lock(self: Gate) -> int:
-        self.limit = min(self.limit, self.started)
-        self._settle()
-        return self.completed
-
-    patch.setattr(Gate, "lock", lock)
-
-
-def lock_without_release(patch: pytest.MonkeyPatch) -> None:
-    original = Gate.allow
-    patch.setattr(Gate, "allow", lambda self, limit: original(self, limit) if limit == OPEN
-                  else None)  # fmt: skip
-
-
-def no_resend_of_wishes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Wishes, "tick", lambda self, now: None)
-    patch.setattr(Wishes, "wake", lambda self: None)
-
-
-def no_resend_by_the_leader(patch: pytest.MonkeyPatch) -> None:
-    original = Leader.tick
-
-    def tick(self: Leader, now: float) -> None:
-        for entry in self.rounds.values():
-            entry.resend_at = float("inf")
-        original(self, now)
-
-    patch.setattr(Leader, "tick", tick)
-
-
-def no_check_of_the_round(patch: pytest.MonkeyPatch) -> None:
-    original = Leader.report
-
-    def report(self: Leader, sender: int, message: Report, now: float) -> None:
-        for entry in self.rounds.values():
-            if entry.cut is None:
-                message = replace(message, round=entry.number)
-        original(self, sender, message, now)
-
-    patch.setattr(Leader, "report", report)
-
-
-def listening_to_the_lost(patch: pytest.MonkeyPatch) -> None:
-    """No check of the term, and none of who speaks."""
-    sound = CutMachine.receive
-
-    def receive(self: CutMachine, sender: int, term: Any, message: Any, now: float) -> Any:
-        if type(message).__name__ in ("Fence", "Suspect") or term == self.term:
-            return sound(self, sender, term, message, now)
-        found, self.term = self.term, term
-        self._dispatch(sender, message, now)
-        self.term = found
-        return self._drain(now)
-
-    patch.setattr(CutMachine, "receive", receive)
-
-
-def no_hold_until_staged(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Gate, "hold", lambda self, number, position: None)
-
-
-def let_go_before_the_outcome_is_told(patch: pytest.MonkeyPatch) -> None:
-    original = Member.failed
-
-    def failed(self: Member, number: int, why: str) -> None:
-        original(self, number, why)
-        self.gate.drop(number)
-
-    patch.setattr(Member, "failed", failed)
-
-
-def sealed_when_one_rank_is_done(patch: pytest.MonkeyPatch) -> None:
-    original = Leader._advance
-
-    def advance(self: Leader, entry: Round, now: float) -> None:
-        done = [rank for rank in self.members if entry.phase(rank) is Phase.DURABLE]
-        if done and entry.outcome is None and entry.cut is not None:
-            self._end(entry, f"seal of {entry.cut.attempt}", "", now)
-        original(self, entry, now)
-
-    patch.setattr(Leader, "_advance", advance)
-
-
-def leave_before_all_know(patch: pytest.MonkeyPatch) -> None:
-    original = Leader._end
-
-    def end(self: Leader, entry: Round, digest: str | None, why: str, now: float) -> None:
-        original(self, entry, digest, why, now)
-        for rank in self.members:
-            entry.reports[rank] = Report(entry.number, Phase.KNOWN)
-        self._finish_if_known(entry, now)
-
-    patch.setattr(Leader, "_end", end)
-
-
-def close_without_the_others(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Leader, "_consider_close", lambda self, now: (
-        setattr(self, "close_by", now + 1.0), self._tell_closed(now)))  # fmt: skip
-
-
-def no_lock_after_a_loss(patch: pytest.MonkeyPatch) -> None:
-    def fence(self: Member) -> int:
-        self.is_fenced = True
-        return self.gate.started
-
-    patch.setattr(Member, "fence", fence)
-
-
-def forget_known_outcomes(patch: pytest.MonkeyPatch) -> None:
-    from spotspeed.core import cut
-
-    original = cut.plan_after_loss
-
-    def plan(statuses: Any, why: str) -> Plan:
-        found = original(statuses, why)
-        return replace(found, ended=(), adopted=None)
-
-    patch.setattr(cut, "plan_after_loss", plan)
-
-
-def settle_at_the_smallest_step(patch: pytest.MonkeyPatch) -> None:
-    from spotspeed.core import cut
-
-    original = cut.plan_after_loss
-
-    def plan(statuses: Any, why: str) -> Plan:
-        return replace(original(statuses, why),
-                       step=min(status.started for status in statuses.values()))  # fmt: skip
-
-    patch.setattr(cut, "plan_after_loss", plan)
-
-
-@pytest.mark.parametrize("rule", [
-    park_at_the_own_next_boundary, report_without_lock, one_more_than_the_largest_without_lock,
-    largest_completed, lock_without_release, no_resend_of_wishes, no_resend_by_the_leader,
-    no_check_of_the_round, no_hold_until_staged,
-    let_go_before_the_outcome_is_told,
-    sealed_when_one_rank_is_done, leave_before_all_know, close_without_the_others,
-    no_lock_after_a_loss, forget_known_outcomes, settle_at_the_smallest_step,
-], ids=lambda rule: rule.__name__)  # fmt: skip
+@pytest.mark.parametrize("rule", WRONG_RULES, ids=lambda rule: rule.__name__)
 def test_a_wrong_rule_is_caught(rule: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
     rule(monkeypatch)
     assert any(run(draw(seed)) is not None for seed in range(PATIENCE))
