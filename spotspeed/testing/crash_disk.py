@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from spotspeed.storage.posix import PosixDisk
 
-Kind = Literal["write", "sync_file", "set", "make", "move", "remove", "sync_directory"]
+Kind = Literal["write", "truncate", "sync_file", "set", "make", "move", "remove", "sync_directory"]
 Names = dict[int, dict[str, int]]
 """Per directory, the node that each name stands for."""
 
@@ -29,6 +29,7 @@ Names = dict[int, dict[str, int]]
 class Operation:
     """One change; `node` is the file or directory it is made to.
 
+    "truncate" cuts a file to `offset` bytes or fills it up with zeros to there.
     "set" gives `name` in directory `node` to file `child`, "make" to directory `child`; "move"
     also takes `old` away; "remove" takes `name` away from `child`.
     """
@@ -230,6 +231,10 @@ def _make(operation: Operation, choice: Choice, content: dict[int, bytes], names
         return
     if operation.kind == "write":
         _write(operation, choice, content)
+        return
+    if operation.kind == "truncate":
+        before = content.get(operation.node, b"")[: operation.offset]
+        content[operation.node] = before.ljust(operation.offset, b"\0")
         return
     entries = names.setdefault(operation.node, {})
     if operation.kind == "remove":
