@@ -104,7 +104,8 @@ $(STAMPS)/dependencies: $(STAMPS)/python pyproject.toml constraints.txt
 # csrc/. The log shows which compilers were used; its one line about CUDA is shown here.
 $(STAMPS)/package: $(STAMPS)/dependencies setup.py $(NATIVE_SOURCES)
 	mkdir -p build
-	$(PYTHON) -m pip install -v --no-build-isolation -e ".[dev,plots]" > build/install.log 2>&1 \
+	$(PYTHON) -m pip install -v --no-build-isolation -e ".[dev,plots,huggingface]" \
+	  > build/install.log 2>&1 \
 	  || { tail -n 60 build/install.log; exit 1; }
 	@sed -n 's/^ *\(spotspeed: building.*\)/\1/p' build/install.log
 	touch $@
