@@ -13,11 +13,12 @@ from spotspeed.state.batch import explain_batches
 
 if TYPE_CHECKING:
     from spotspeed.api import async_save, load, save
+    from spotspeed.attachment import attach
     from spotspeed.checkpoint.catalog import CheckpointInfo
     from spotspeed.checkpoint.opened import OpenedCheckpoint, list_checkpoints, open_checkpoint
     from spotspeed.checkpoint.queue import SaveHandle
     from spotspeed.checkpoint.restore import Restored
-    from spotspeed.checkpointer import Checkpointer, attach
+    from spotspeed.checkpointer import Checkpointer
     from spotspeed.errors import SpotSpeedError
     from spotspeed.launch import install
     from spotspeed.state.workers import worker_init_fn
@@ -32,7 +33,7 @@ _HOMES = {
     "SaveHandle": "spotspeed.checkpoint.queue",
     "SpotSpeedError": "spotspeed.errors",
     "async_save": "spotspeed.api",
-    "attach": "spotspeed.checkpointer",
+    "attach": "spotspeed.attachment",
     "install": "spotspeed.launch",
     "list_checkpoints": "spotspeed.checkpoint.opened",
     "open_checkpoint": "spotspeed.checkpoint.opened",

@@ -19,13 +19,14 @@ from dataclasses import asdict
 from typing import Any
 
 from spotspeed import dropin
+from spotspeed.attachment import attach
 from spotspeed.checkpoint.agreement import share
 from spotspeed.checkpoint.catalog import CheckpointInfo, describe
 from spotspeed.checkpoint.marker import Marker
 from spotspeed.checkpoint.queue import SaveHandle
 from spotspeed.checkpoint.restore import Restored
 from spotspeed.checkpoint.session import absolute
-from spotspeed.checkpointer import Checkpointer, attach
+from spotspeed.checkpointer import Checkpointer
 from spotspeed.config import IntervalConfig, NoticeConfig, SpotSpeedConfig
 from spotspeed.core.manifest import check_name
 from spotspeed.dropin import Request

@@ -6,24 +6,25 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from spotspeed import dropin, events
-from spotspeed.checkpoint.agreement import Exchange, impatient
+from spotspeed.checkpoint.agreement import Exchange, impatient, share_all
 from spotspeed.checkpoint.named import NamedSave
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
 from spotspeed.checkpoint.register import SaveRegister
 from spotspeed.checkpoint.restore import Restored, Seat, restore_agreed
 from spotspeed.checkpoint.save import begin_save, share_bytes
-from spotspeed.checkpoint.session import Session, Standing, open_session
+from spotspeed.checkpoint.session import Standing, open_session
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import GateVerdict
 from spotspeed.core.manifest import Manifest, Ticket
-from spotspeed.errors import ConfigError, LeavingError, SpotSpeedError
-from spotspeed.exit import EXIT_NOT_DURABLE, LOSS_ERRORS, ExitWatch, watch_refusals
+from spotspeed.errors import ConfigError, CorruptionError, LeavingError, SpotSpeedError
+from spotspeed.exit import EXIT_NOT_DURABLE, LOSS_ERRORS, ExitWatch
 from spotspeed.interruption import Interruption
 from spotspeed.state import boundary, loader_guard
-from spotspeed.state.engine import Engine, rank_of, require_block, world_size_of
+from spotspeed.state.engine import Engine, rank_of, world_size_of
 from spotspeed.state.late import LateState, Source, Stateful
 from spotspeed.state.loader import engine_batches
 from spotspeed.state.provider import provider_for
@@ -56,11 +57,10 @@ class Checkpointer:
         self._small = SmallState(engine, self._provider.group_names, late=LateState(state))
         self._restored: Restored | None = None
         self._has_restored = self._is_started = self._is_closed = False
+        self._lost = ""  # Why there is no state to train or save, if so.
         self._save_began = time.monotonic()
         self._cuts = Interruption(self, config, self.rank)
-        self._session: Session = open_session(
-            config, self.rank, self.world_size, listener=self._cuts
-        )
+        self._session = open_session(config, self.rank, self.world_size, listener=self._cuts)
         self._saves = SaveQueue(self._begin, self._small.late.await_end)
         self._register = SaveRegister(self._saves)
         self._exit = ExitWatch(self._close_at_exit)
@@ -140,10 +140,26 @@ class Checkpointer:
     def load(self, storage: Storage, seat: Seat, name: str | None) -> Restored | None:
         """As `restore`, at any time between two steps; saves in flight are finished first.
 
-        `name` is a tag or directory in `storage`; `seat` is this one or asks for less.
+        `name` is a tag or directory in `storage`; `seat` is this one or asks for less. After an
+        error the state is what it was or, where a rank had begun to replace it, lost: then only
+        another load is possible.
         """
-        self.begin_change()
-        restored = restore_agreed(storage, seat, tag=name)
+        before = self._restored
+        self._hold_saves()
+        changed: list[bool] = []
+        seat = replace(seat, on_change=lambda: changed.append(True))
+        try:
+            restored = restore_agreed(storage, seat, tag=name)
+        except SpotSpeedError as error:
+            lost = f"the state is lost in a failed load: load another, whole checkpoint ({error})"
+            self._lost = lost if changed else self._lost
+            if any(share_all(self.exchange, "load-failed", bool(changed))):
+                self._lost = lost
+            elif not self._lost:
+                self._restored, self._cuts.is_changing = before, False
+            raise
+        self._lost = "" if seat.is_whole else self._lost
+        self._begin_branch()
         if restored is not None and seat.is_whole and storage.url == self.storage.url:
             self._restored = restored
             self._session.record_restored(self._restored)
@@ -153,12 +169,21 @@ class Checkpointer:
 
     def begin_change(self) -> None:
         """The state is about to be replaced: what comes after is the next epoch's."""
+        self._hold_saves()
+        self._begin_branch()
+        self._lost = ""
+
+    def _hold_saves(self) -> None:
+        """Finish the saves in flight, and capture nothing from here on."""
         with self._cuts.lock:
             self._cuts.is_changing, self._restored = True, None
         self._small.end_step()
         self._saves.close_window(CLOSE_TIMEOUT_S)
         self._register.drop_hopeless(self.exchange)
         self._register.settle(CLOSE_TIMEOUT_S)
+
+    def _begin_branch(self) -> None:
+        """Another state follows, to which no saved one leads so far."""
         self._register.forget()
         if self._is_started:
             self._session.begin_epoch()
@@ -207,10 +232,13 @@ class Checkpointer:
         if self._is_closed:
             return
         try:
-            self._start()
+            if not self._lost:
+                self._start()
+            elif not self._is_started:
+                return
             self._small.end_step()
             step = int(self.engine.global_steps)
-            is_kept = self.is_implicit or self._has_everywhere(exchange, step)
+            is_kept = self.is_implicit or self._lost or self._has_everywhere(exchange, step)
             last = None if is_kept else self.submit(step, "final", f"step-{step}", "final")
             self._register.drop_hopeless(exchange)
             self._register.settle(CLOSE_TIMEOUT_S)
@@ -304,6 +332,8 @@ class Checkpointer:
     # Inside.
 
     def _start(self) -> None:
+        if self._lost:
+            raise CorruptionError(self._lost)
         if not self._is_started:
             self._is_started = True
             if not self._has_restored:
@@ -367,30 +397,3 @@ class Checkpointer:
             is_done = not self._saves.unfinished()
             self._session.close(is_done=is_done, is_awaited=is_awaited)
             self._exit.disarm()
-
-
-def attach(
-    engine: Engine, *, loader: Any = None, state: Mapping[str, Stateful] | None = None
-) -> Checkpointer:
-    """Checkpoint `engine` from now on, as its config's "spotspeed" block says.
-
-    Call it on every rank right after `deepspeed.initialize`; `loader`, a DataLoader of a map-style
-    data set, is what `Checkpointer.batches` iterates.
-
-    `state` names objects with state_dict() and load_state_dict() that are saved and restored with
-    the engine: small plain data and tensors, each rank its own, recorded every step. What can be
-    iterated (a data source) is recorded inside `engine.step()`, everything else when the step has
-    ended, at the latest when the next forward begins. `restore` gives each rank its own state back;
-    on another number of ranks all get rank 0's. Where a notice left no time for a step to end,
-    `restore` takes the newest checkpoint that has its state.
-
-    Raises ConfigError for a block that is missing or wrong, UnsupportedLayoutError for a layout
-    that spotspeed does not know, and OwnedError when another living job has the path; the same on
-    every rank.
-    """
-    watch_refusals()
-    try:
-        return Checkpointer(engine, require_block(engine), loader, state=state)
-    except SpotSpeedError:
-        boundary.unbind(engine)
-        raise

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import FrameType
 from typing import Any
 
-from spotspeed.checkpointer import attach
-from spotspeed.integrations import huggingface
+from spotspeed import children
+from spotspeed.attachment import attach_next
+from spotspeed.errors import UnsupportedLayoutError
+from spotspeed.integrations import deepspeed_consolidate, huggingface
 from spotspeed.state import boundary
 from spotspeed.state.engine import block_of
 
+_logger = logging.getLogger("spotspeed")
 _FRAMEWORKS = ("accelerate", "lightning", "pytorch_lightning", "transformers")
 """Packages that restore by themselves, through engine.load_checkpoint."""
-_seen: set[str] = set()
-"""Paths of the blocks of the engines so far: a later engine does not go on where an earlier did."""
+_refused: set[str] = set()
+"""Why engines were left to DeepSpeed: said once each."""
 
 
 def install() -> None:
@@ -22,11 +26,19 @@ def install() -> None:
 
     Engines that a script builds directly are restored at once from the newest durable checkpoint,
     so that `engine.global_steps` and `engine.global_samples` say where to go on; engines that a
-    framework builds are restored when the framework loads. Of several engines with one path only
-    the first is restored: what is there may be another engine's. Idempotent.
+    framework builds are restored when the framework loads. Of several engines with one path each
+    has a place of its own: the second one made lives at `engine-2` below the path, and so on.
+    Idempotent.
+
+    An engine whose layout spotspeed does not know is left to DeepSpeed's own save_checkpoint and
+    load_checkpoint, with a warning that says so. DeepSpeed's `zero_to_fp32` functions read what
+    spotspeed has saved, and the processes that this one starts through multiprocessing install the
+    hooks as well.
     """
     boundary.install_hooks()
     boundary.on_new_engine(_attach_new)
+    deepspeed_consolidate.plug_in()
+    children.pass_on()
     huggingface.plug_in()
 
 
@@ -34,11 +46,21 @@ def _attach_new(engine: Any) -> None:
     block = block_of(engine)
     if block is None or engine.optimizer is None:
         return
-    is_first = block.path not in _seen
-    _seen.add(block.path)
-    checkpointer = attach(engine)
-    if is_first and not _is_built_by_framework():
+    try:
+        checkpointer = attach_next(engine)
+    except UnsupportedLayoutError as error:
+        return _leave_to_deepspeed(str(error))
+    if not _is_built_by_framework():
         checkpointer.restore()
+
+
+def _leave_to_deepspeed(why: str) -> None:
+    if why not in _refused:
+        _refused.add(why)
+        _logger.warning(
+            "this engine is not protected by spotspeed: DeepSpeed saves and loads it, and a notice "
+            "ends it without a checkpoint (%s)", why,
+        )  # fmt: skip
 
 
 def _is_built_by_framework() -> bool:

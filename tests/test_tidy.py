@@ -34,7 +34,8 @@ FLOORS = {
 }  # fmt: skip
 ROOM_OF = {
     "__main__": "cli", "cli_exchange": "cli", "cli_job": "cli", "launch": "run",
-    "interruption": "checkpointer", "supervised": "exit",
+    "interruption": "checkpointer", "attachment": "checkpointer", "children": "run",
+    "supervised": "exit",
     "doctor": "report", "api": "checkpointer", "dropin": "checkpointer",
 }  # fmt: skip
 """Modules beside the package's rooms, and the room each belongs to."""

@@ -52,6 +52,8 @@ class Model:
 def read_model(reader: CheckpointReader) -> Model:
     """The module's parameters in its own order, then its persistent buffers (those of rank 0).
 
+    Frozen parameters that the save was told to exclude are not among them.
+
     Raises FormatError when the checkpoint does not describe its model, or contradicts itself.
     """
     ticket = reader.manifest.ticket
@@ -60,7 +62,11 @@ def read_model(reader: CheckpointReader) -> Model:
     try:
         parameters, aliases = dict(model["parameters"]), dict(model["aliases"])  # type: ignore[index]
         transient = frozenset(model.get("transient_buffers", ()))  # type: ignore[union-attr]
-        weights = [_parameter(reader.tensors(), name, said) for name, said in parameters.items()]
+        weights = [
+            _parameter(reader.tensors(), name, said)
+            for name, said in parameters.items()
+            if not _is_left_out(reader.tensors(), name, said)
+        ]
     except (TypeError, KeyError, ValueError) as error:
         raise FormatError(
             f"{ticket.directory}: the job's description of its model is missing or incomplete "
@@ -70,6 +76,17 @@ def read_model(reader: CheckpointReader) -> Model:
         if key.kind == KIND_BUFFER and key.scope == "rank-0" and key.name not in transient:
             weights.append(Weight(key.name, stored.shape, stored.dtype, key, {}, is_buffer=True))
     return Model(tuple(weights), aliases, job)
+
+
+def _is_left_out(
+    tensors: Mapping[TensorKey, StoredTensor], name: str, said: Mapping[str, Any]
+) -> bool:
+    """Whether a frozen parameter with elements is not stored."""
+    return (
+        not said["trained"]
+        and 0 not in said["shape"]
+        and TensorKey(KIND_WEIGHT, name) not in tensors
+    )
 
 
 def _parameter(

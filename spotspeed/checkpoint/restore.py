@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,14 @@ from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.save import JOB_KEY, rank_key
 from spotspeed.core import plain
 from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, StoredTensor, TensorKey
-from spotspeed.errors import CorruptionError, SpotSpeedError, UnsupportedLayoutError
+from spotspeed.errors import (
+    CorruptionError,
+    InvalidLayoutError,
+    SpotSpeedError,
+    UnsupportedLayoutError,
+)
 from spotspeed.state.fit import ALL, Wanted
+from spotspeed.state.piece import Piece
 from spotspeed.state.plain_tensors import from_plain
 from spotspeed.state.provider import StateProvider
 from spotspeed.state.small import PARTS, SmallState
@@ -55,6 +61,8 @@ class Seat:
     wanted: Wanted = ALL
     parts: Collection[str] = PARTS
     """What of the small state is restored."""
+    on_change: Callable[[], None] = lambda: None
+    """Called before the first byte of the live state is replaced, on this rank."""
     near: Storage | None = None
     """This node's own tier, which is read where it verifies."""
 
@@ -82,7 +90,7 @@ def restore_agreed(storage: Storage, seat: Seat, *, tag: str | None = None) -> R
     With `tag`, that checkpoint alone will do. Returns None when there is none, on all ranks alike.
     The same on every rank, or an error on every rank: CorruptionError when checkpoints exist and
     none verifies, ObjectNotFoundError for an unknown tag, ReshardError when the model differs.
-    The live state is undefined after an error that a damaged checkpoint caused.
+    The live state is as it was unless `seat.on_change` has been called on some rank.
     """
     began, rejected = time.monotonic(), []
     candidates = _Candidates(storage, tag)
@@ -155,18 +163,29 @@ def _read(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Read:
     stored = reader.tensors()
     job = from_plain(plain.decode(reader.blob(JOB_KEY), source=f"{offer['directory']}: job"))
     old_rank = seat.provider.source_rank(job.get("model", {}), int(offer["world_size"]))
-    pieces = seat.provider.prepare_restore(
-        {key: value for key, value in stored.items() if key.kind not in (KIND_BLOB, KIND_BUFFER)},
-        seat.wanted,
-    )
-    pieces += seat.small.buffer_targets(_buffers_of(stored, old_rank))
-    bytes_read = fill(pieces, reader)
-    seat.provider.check_restore()
     rank_state = from_plain(
         plain.decode(reader.blob(rank_key(old_rank)), source=f"{offer['directory']}: rank")
     )
+    bytes_read = fill(_targets(seat, stored, old_rank), reader)
+    seat.provider.check_restore()
     return _Read(job, rank_state, bytes_read, _near_bytes(reader),
                  _late(reader, seat, offer, rank_state))  # fmt: skip
+
+
+def _targets(seat: Seat, stored: Mapping[TensorKey, StoredTensor], old_rank: int) -> list[Piece]:
+    """What this rank has to fill; from here on the live state is not what it was."""
+    tensors = {
+        key: value for key, value in stored.items() if key.kind not in (KIND_BLOB, KIND_BUFFER)
+    }
+    try:
+        pieces = seat.provider.prepare_restore(tensors, seat.wanted)
+    except InvalidLayoutError:
+        raise  # The only error that comes before any change.
+    except SpotSpeedError:
+        seat.on_change()
+        raise
+    seat.on_change()
+    return pieces + seat.small.buffer_targets(_buffers_of(stored, old_rank))
 
 
 def _late(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from deepspeed import comm
@@ -12,6 +13,9 @@ from deepspeed.moe.layer import MoE
 from spotspeed.core.interval import Interval
 from spotspeed.errors import CaptureError
 from spotspeed.state.partition import Resident
+
+_places: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
+"""What is known of process groups."""
 
 
 class ParameterNames:
@@ -62,8 +66,16 @@ def count_of(parameter: Any) -> int:
 
 
 def replica_of(group: Any) -> tuple[int, int]:
-    """This rank's index among the replicas of a process group, and their number."""
-    return int(comm.get_rank(group=group)), int(comm.get_world_size(group=group))
+    """This rank's index among the replicas of a process group, and their number.
+
+    Asked once: scripts destroy their process groups before the last save has been described.
+    """
+    found = None if group is None else _places.get(group)
+    if found is None:
+        found = int(comm.get_rank(group=group)), int(comm.get_world_size(group=group))
+        if group is not None:
+            _places[group] = found
+    return found
 
 
 def replica_of_parameter(engine: Any, parameter: Any) -> tuple[int, int]:

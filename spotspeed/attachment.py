@@ -1,0 +1,67 @@
+"""Ties a checkpointer to an engine, as the engine's block says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from spotspeed.checkpoint.session import absolute
+from spotspeed.checkpointer import Checkpointer
+from spotspeed.config import SpotSpeedConfig
+from spotspeed.errors import SpotSpeedError
+from spotspeed.exit import watch_refusals
+from spotspeed.state import boundary
+from spotspeed.state.engine import Engine, require_block
+from spotspeed.state.late import Stateful
+
+_tied: Counter[str] = Counter()
+"""How many engines of this process were attached by nobody in particular, by path."""
+
+
+def attach(
+    engine: Engine, *, loader: Any = None, state: Mapping[str, Stateful] | None = None
+) -> Checkpointer:
+    """Checkpoint `engine` from now on, as its config's "spotspeed" block says.
+
+    Call it on every rank right after `deepspeed.initialize`; `loader`, a DataLoader of a map-style
+    data set, is what `Checkpointer.batches` iterates.
+
+    `state` names objects with state_dict() and load_state_dict() that are saved and restored with
+    the engine: small plain data and tensors, each rank its own, recorded every step. What can be
+    iterated (a data source) is recorded inside `engine.step()`, everything else when the step has
+    ended, at the latest when the next forward begins. `restore` gives each rank its own state back;
+    on another number of ranks all get rank 0's. Where a notice left no time for a step to end,
+    `restore` takes the newest checkpoint that has its state.
+
+    Raises ConfigError for a block that is missing or wrong, UnsupportedLayoutError for a layout
+    that spotspeed does not know, and OwnedError when another living job has the path; the same on
+    every rank.
+    """
+    return _tie(engine, require_block(engine), loader, state=state)
+
+
+def attach_next(engine: Engine) -> Checkpointer:
+    """As `attach`, for an engine that shares its config with others, as in a script with several.
+
+    Each goes on in the next launch where it was: the second engine made with a path lives at
+    `engine-2` below it, and so on, in the order in which the script makes them.
+    """
+    config = require_block(engine)
+    path = absolute(config.path)
+    number = _tied[path] + 1
+    if number > 1:
+        config = config.model_copy(update={"path": f"{path.rstrip('/')}/engine-{number}"})
+    checkpointer = _tie(engine, config)
+    _tied[path] = number
+    return checkpointer
+
+
+def _tie(engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
+         state: Mapping[str, Stateful] | None = None) -> Checkpointer:  # fmt: skip
+    watch_refusals()
+    try:
+        return Checkpointer(engine, config, loader, state=state)
+    except SpotSpeedError:
+        boundary.unbind(engine)
+        raise
