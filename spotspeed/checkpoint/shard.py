@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
+from typing import Protocol
 
-from spotspeed.codec import RAW, Buffer, CodecPolicy, Frame, digest, encode
+from spotspeed.codec import (
+    RAW,
+    Buffer,
+    CodecPolicy,
+    Frame,
+    check_digest,
+    digest,
+    encode,
+    hasher,
+)
 from spotspeed.core.chunks import StreamLayout
+from spotspeed.core.coverage import coverage, total
 from spotspeed.core.format import (
     CODEC_RAW,
     FOOTER_BYTES,
@@ -18,12 +30,29 @@ from spotspeed.core.format import (
     encode_footer,
     encode_header,
 )
+from spotspeed.core.frozen import ObjectRecord, content_of, object_path
 from spotspeed.core.index import ChunkRecord, ShardIndex, encode_index, parse_index
-from spotspeed.core.manifest import Receipt, ShardRecord, Ticket, encode_receipt
+from spotspeed.core.manifest import (
+    MAX_RECEIPT_BYTES,
+    Receipt,
+    ShardRecord,
+    Ticket,
+    encode_receipt,
+)
 from spotspeed.errors import CaptureError, FormatError
-from spotspeed.storage.contract import Storage
+from spotspeed.storage.contract import Writer
 
 _ZEROS = bytes(4096)
+ReadBack = Callable[[int, memoryview], None]
+"""Fills the buffer from that byte of a shard being written."""
+
+
+class Sink(Protocol):
+    """What is needed of a store; see storage.contract.Storage."""
+
+    def writer(self, key: str) -> Writer: ...
+
+    def put(self, key: str, data: bytes) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +63,8 @@ class EncodedChunk:
     frame: Frame
     stored_digest: bytes
     raw_digest: bytes | None
+    raw: Buffer = field(default=b"", repr=False)
+    """The buffer it was made from."""
 
 
 class ShardWriter:
@@ -45,9 +76,10 @@ class ShardWriter:
     """
 
     def __init__(
-        self, storage: Storage, ticket: Ticket, rank: int, layout: StreamLayout,
-        policy: CodecPolicy = RAW,
+        self, storage: Sink, ticket: Ticket, rank: int, layout: StreamLayout,
+        policy: CodecPolicy = RAW, *, content: str | None = None,
     ) -> None:  # fmt: skip
+        """With `content` it is a frozen object that holds exactly that (core/frozen.py)."""
         if not 0 <= rank < ticket.world_size:
             raise ValueError(f"rank {rank} of {ticket.world_size}")
         self._storage = storage
@@ -55,14 +87,15 @@ class ShardWriter:
         self._rank = rank
         self._layout = layout
         self._policy = policy
+        self._content = content
+        self._path = (ticket.shard_path(rank) if content is None
+                      else object_path(ticket.directory, content))  # fmt: skip
+        self._identity = ((ticket.digest, rank, ticket.world_size) if content is None
+                          else (bytes.fromhex(content), 0, 1))  # fmt: skip
+        self._hashers = [] if content is None else [hasher() for _ in layout.entries]
         self._records: list[ChunkRecord] = []
         self._position = 0
-        self._writer = storage.writer(ticket.shard_path(rank))
-        try:
-            self._write(encode_header(Header(ticket.digest, rank, ticket.world_size)))
-        except BaseException:
-            self._writer.abort()
-            raise
+        self._writer = self._begin()
 
     @property
     def chunks_put(self) -> int:
@@ -85,7 +118,7 @@ class ShardWriter:
             raise ValueError(f"chunk {index} has {span.size_bytes} bytes, given {len(buffer)}")
         frame = encode(buffer, span.item_bytes, self._policy)
         raw_digest = None if frame.codec == CODEC_RAW else digest(buffer)
-        return EncodedChunk(index, frame, digest(frame.payload), raw_digest)
+        return EncodedChunk(index, frame, digest(frame.payload), raw_digest, buffer)
 
     def put(self, chunk: EncodedChunk) -> None:
         """Append an encoded chunk; it must be the next one. Its buffer is free on return."""
@@ -99,28 +132,67 @@ class ShardWriter:
         )  # fmt: skip
         self._write(chunk.frame.payload)
         self._records.append(record)
+        if self._hashers:
+            raw = memoryview(chunk.raw)
+            for part in self._layout.segments(chunk.index):
+                data = raw[part.chunk_offset : part.chunk_offset + part.size_bytes]
+                self._hashers[part.entry].update(data)
 
     def put_chunk(self, index: int, buffer: Buffer) -> None:
         """Encode and append chunk `index`; the next one in order. `buffer` is free on return."""
         self.put(self.encode(index, buffer))
 
-    def finish(self) -> Receipt:
+    def finish(self, objects: Sequence[ObjectRecord] = ()) -> Receipt:
         """Write index and footer, make the shard durable, then its receipt; return the receipt.
 
+        `objects` are the frozen objects that hold the rest of this rank's part, all durable.
         Raises CaptureError when chunks are missing or something exceeds the format's limits.
         """
+        shard = self._close()
+        numbers = [self._coverage(), *(item.coverage for item in objects)]
+        receipt = Receipt(self._ticket, self._rank, shard, total(numbers), tuple(objects))
+        data = encode_receipt(receipt)
+        if len(data) > MAX_RECEIPT_BYTES:
+            raise CaptureError(f"{self._path}: refers to {len(objects)} objects, too many for a "
+                               f"receipt")  # fmt: skip
+        self._storage.put(self._ticket.receipt_path(self._rank), data)
+        return receipt
+
+    def finish_object(self) -> ObjectRecord:
+        """Write index and footer of a frozen object and make it durable.
+
+        Raises CaptureError when what was put is not the content it was announced with.
+        """
+        layout = self._layout
+        members = {
+            source: (entry.fragment, hashed.digest())
+            for source, entry, hashed in zip(
+                layout.sources, layout.entries, self._hashers, strict=True
+            )
+        }
+        found = content_of(members[source] for source in sorted(members))
+        if found != self._content:
+            raise CaptureError(
+                f"{self._path}: frozen weights were changed while they were being staged, so this "
+                f"save is not one step's state"
+            )
+        return ObjectRecord(content=found, coverage=self._coverage(), **asdict(self._close()))
+
+    def _coverage(self) -> str:
+        return coverage(entry.fragment for entry in self._layout.entries)
+
+    def _close(self) -> ShardRecord:
+        """Write index and footer, and make the file durable."""
         missing = len(self._layout.chunks) - len(self._records)
-        path = self._ticket.shard_path(self._rank)
         if missing:
-            raise CaptureError(f"{path}: {missing} of {len(self._layout.chunks)} chunks were not "
-                               f"put before the end")  # fmt: skip
+            raise CaptureError(f"{self._path}: {missing} of {len(self._layout.chunks)} chunks were "
+                               f"not put before the end")  # fmt: skip
         index = ShardIndex(
-            self._ticket.digest, self._rank, self._ticket.world_size, self._layout.raw_bytes,
-            self._layout.entries, tuple(self._records),
-        )  # fmt: skip
+            *self._identity, self._layout.raw_bytes, self._layout.entries, tuple(self._records)
+        )
         data = encode_index(index)
         try:
-            parse_index(data, source=path)
+            parse_index(data, source=self._path)
         except FormatError as error:
             raise CaptureError(f"what is to be saved exceeds the format: {error}") from error
         self._pad()
@@ -129,13 +201,27 @@ class ShardWriter:
         self._write(data)
         self._write(encode_footer(footer))
         self._writer.commit()
-        shard = ShardRecord(
-            path, footer.file_bytes, footer.index_offset, len(data), sha256.hexdigest(),
+        return ShardRecord(
+            self._path, footer.file_bytes, footer.index_offset, len(data), sha256.hexdigest(),
             self._layout.raw_bytes,
         )  # fmt: skip
-        receipt = Receipt(self._ticket, self._rank, shard)
-        self._storage.put(self._ticket.receipt_path(self._rank), encode_receipt(receipt))
-        return receipt
+
+    def move(self, storage: Sink, read_back: ReadBack) -> None:
+        """Go on in `storage`: every chunk put so far is read back, verified and written there.
+
+        For a store that has failed in `put` or `finish`, which are then to be called again. Raises
+        CorruptionError when what is read back is damaged, StorageError when `storage` fails too.
+        """
+        self._writer.abort()
+        self._storage, self._position = storage, 0
+        self._writer = self._begin()
+        for number, record in enumerate(self._records):
+            frame = memoryview(bytearray(record.stored_size))
+            read_back(record.file_offset, frame)
+            key = f"{self._path}#chunk {number}, being moved"
+            check_digest(frame, record.stored_digest, key=key)
+            self._pad()
+            self._write(frame)
 
     def abort(self) -> None:
         """Discard what was written; harmless after `finish`."""
@@ -149,6 +235,18 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
         self._writer.abort()
+
+    def _begin(self) -> Writer:
+        """The open file of the shard, with its header written."""
+        data = encode_header(Header(*self._identity))
+        writer = self._storage.writer(self._path)
+        try:
+            writer.write(data)
+        except BaseException:
+            writer.abort()
+            raise
+        self._position = len(data)
+        return writer
 
     def _pad(self) -> None:
         gap = align_frame(self._position) - self._position

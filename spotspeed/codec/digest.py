@@ -18,6 +18,11 @@ def digest(buffer: Buffer) -> bytes:
     return xxhash.xxh3_128_digest(buffer)
 
 
+def hasher() -> xxhash.xxh3_128:
+    """The same digest over buffers that come one after the other: `update`, then `digest`."""
+    return xxhash.xxh3_128()
+
+
 def check_digest(buffer: Buffer, expected: bytes, *, key: str) -> None:
     """Raise ChecksumMismatchError naming `key` unless `buffer` has digest `expected`."""
     actual = digest(buffer)

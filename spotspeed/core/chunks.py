@@ -142,6 +142,43 @@ def pack(fragments: Sequence[Fragment], *, chunk_bytes: int) -> StreamLayout:
     return StreamLayout(tuple(entries), tuple(chunks), tuple(sources))
 
 
+def pack_parts(
+    fragments: Sequence[Fragment], counts: Sequence[int], *, chunk_bytes: int
+) -> tuple[StreamLayout, ...]:
+    """Layouts of several files, as `pack` makes them: one for each of `counts` fragments in turn.
+
+    What is left of `fragments` is the last one's. Raises InvalidLayoutError for a count that is
+    not positive or too large.
+    """
+    layouts: list[StreamLayout] = []
+    position = 0
+    for count in counts:
+        if not 0 < count <= len(fragments) - position:
+            raise InvalidLayoutError(f"a file of {count} of {len(fragments) - position} fragments")
+        layouts.append(pack(fragments[position : position + count], chunk_bytes=chunk_bytes))
+        position += count
+    return (*layouts, pack(fragments[position:], chunk_bytes=chunk_bytes))
+
+
+def join(parts: Sequence[StreamLayout], counts: Sequence[int]) -> StreamLayout:
+    """The layouts of `pack_parts` one behind the other as one stream, for who only moves chunks."""
+    entries: list[Entry] = []
+    chunks: list[ChunkSpan] = []
+    sources: list[int] = []
+    raw_base = source_base = 0
+    for part, count in zip(parts, [*counts, 0], strict=True):
+        chunk_base = len(chunks)
+        entries += [Entry(item.fragment, raw_base + item.raw_offset) for item in part.entries]
+        sources += [source_base + source for source in part.sources]
+        chunks += [
+            ChunkSpan(chunk_base + item.index, raw_base + item.raw_offset, item.size_bytes,
+                      item.item_bytes)
+            for item in part.chunks
+        ]  # fmt: skip
+        raw_base, source_base = raw_base + part.raw_bytes, source_base + count
+    return StreamLayout(tuple(entries), tuple(chunks), tuple(sources))
+
+
 def check_disjoint(fragments: Iterable[Fragment]) -> None:
     """Raise InvalidLayoutError if fragments overlap or disagree about a tensor's dtype or shape."""
     tensors: dict[TensorKey, Fragment] = {}

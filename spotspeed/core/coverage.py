@@ -23,19 +23,24 @@ _MODULUS = 1 << 128
 
 def coverage(fragments: Iterable[Fragment]) -> str:
     """The number of one shard that holds `fragments`, as 32 hexadecimal digits."""
-    total = 0
+    value = 0
     for fragment in fragments:
         interval, count = fragment.interval, math.prod(fragment.shape)
         start, stop = (_place(fragment, at) for at in (interval.start, interval.stop))
-        total += stop - start
+        value += stop - start
         if interval.start == 0 and (interval.count or not count):
-            total -= (stop if interval.stop == count else _place(fragment, count)) - start
-    return f"{total % _MODULUS:032x}"
+            value -= (stop if interval.stop == count else _place(fragment, count)) - start
+    return f"{value % _MODULUS:032x}"
+
+
+def total(numbers: Iterable[str]) -> str:
+    """The number of shards with these numbers together."""
+    return f"{sum(int(number, 16) for number in numbers) % _MODULUS:032x}"
 
 
 def covers(numbers: Iterable[str]) -> bool:
     """Whether shards with these numbers lack no part of a tensor and hold none twice."""
-    return sum(int(number, 16) for number in numbers) % _MODULUS == 0
+    return int(total(numbers), 16) == 0
 
 
 def _place(fragment: Fragment, element: int) -> int:

@@ -21,7 +21,9 @@ from spotspeed.storage.local import LocalStorage
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "fixtures" / "golden-v1"
+GOLDEN_2 = ROOT / "tests" / "fixtures" / "golden-v2"
 GOLDEN_DIGEST = "67af8f68198b809f2d24f2aa12f0b1d4d7af9dc7f0d99c3d1653a4aa0f97cfc6"
+GOLDEN_2_DIGEST = "387e65e34a02ed53de8e3e68355d972eeb732e9d466521ed90f8d86e40925613"
 NUMPY = {"float32": "<f4", "bfloat16": "<u2", "int64": "<i8", "uint8": "u1", "bool": "?"}
 
 # The independent reader: nothing of spotspeed from here to its end.
@@ -36,7 +38,8 @@ def read_document(path, document):
     body = data[8:-78]
     assert data == b'{"body":' + body + b',"sha256":"' + sha256(body).encode() + b'"}\n'
     parsed = json.loads(body)
-    assert (parsed["format"], parsed["document"], parsed["major"]) == ("spotspeed", document, 1)
+    assert (parsed["format"], parsed["document"]) == ("spotspeed", document)
+    assert parsed["major"] == 2 if {"objects", "object_bytes"} & parsed.keys() else 1
     return parsed
 
 
@@ -69,15 +72,13 @@ def decode(codec, frame, raw_size):
     return bytes(raw)
 
 
-def read_shard(data, receipt):
+def read_shard(data, shard, digest, rank, world_size):
     """[(kind, name, scope, dtype, shape, start, stop, bytes)] of one shard; all of it checked."""
-    shard = receipt["shard"]
     assert len(data) == shard["size_bytes"]
-    digest, rank = ticket_digest(receipt["ticket"]), receipt["rank"]
     magic, major, minor, flags = struct.unpack_from("<8sHHI", data, 0)
     assert (magic, major, minor, flags) == (b"\x93SPOTSHD", 1, 0, 0)
     assert data[16:48] == digest
-    assert struct.unpack_from("<II", data, 48) == (rank, receipt["ticket"]["world_size"])
+    assert struct.unpack_from("<II", data, 48) == (rank, world_size)
     assert data[56:88] == hashlib.sha256(data[:56]).digest() and not any(data[88:4096])
 
     offset, size, index_digest, major, minor, reserved, magic = struct.unpack(
@@ -113,23 +114,57 @@ def read_shard(data, receipt):
     return parts
 
 
+def place_number(kind, name, scope, dtype, shape, element):
+    packed = msgpack.packb([kind, name, scope, dtype, shape, element])
+    return int.from_bytes(hashlib.sha256(packed).digest()[:16], "big")
+
+
+def coverage(parts):
+    total = 0
+    for *tensor, start, stop, _ in parts:
+        count = int(np.prod(tensor[-1], dtype=np.int64))
+        total += place_number(*tensor, stop) - place_number(*tensor, start)
+        if start == 0 and (stop or not count):
+            total -= place_number(*tensor, count) - place_number(*tensor, 0)
+    return f"{total % 2**128:032x}"
+
+
+def read_object(path, record):
+    """What a frozen object holds, all of it checked."""
+    assert record["path"].endswith(f"/{record['content']}.shard")
+    digest = bytes.fromhex(record["content"])
+    parts = read_shard((path / record["path"]).read_bytes(), record, digest, 0, 1)
+    rows = [[*part[:-1], xxhash.xxh3_128(part[-1]).digest()] for part in parts]
+    assert sha256(msgpack.packb(rows)) == record["content"]
+    assert coverage(parts) == record["coverage"]
+    return parts
+
+
 def read_checkpoint(path):
     """{(kind, name, scope): (dtype, array)} of the one checkpoint at `path`."""
     [manifest_path] = path.glob("*/manifest.json")
     manifest = read_document(manifest_path, "manifest")
-    tensors, filled = {}, {}
+    tensors, filled, numbers = {}, {}, []
     for rank, record in enumerate(manifest["receipts"]):
         data = (path / record["path"]).read_bytes()
         assert (sha256(data), len(data)) == (record["sha256"], record["size_bytes"])
         receipt = read_document(path / record["path"], "receipt")
         assert receipt["rank"] == record["rank"] == rank
-        shard = (path / receipt["shard"]["path"]).read_bytes()
-        for kind, name, scope, dtype, shape, start, stop, content in read_shard(shard, receipt):
+        ticket, shard = receipt["ticket"], receipt["shard"]
+        parts = read_shard((path / shard["path"]).read_bytes(), shard, ticket_digest(ticket), rank,
+                           ticket["world_size"])  # fmt: skip
+        for item in receipt.get("objects", []):
+            parts += read_object(path, item)
+        if (receipt["major"], receipt["minor"]) > (1, 0):
+            assert coverage(parts) == receipt["coverage"]
+            numbers.append(int(receipt["coverage"], 16))
+        for kind, name, scope, dtype, shape, start, stop, content in parts:
             key = (kind, name, scope)
             whole = tensors.setdefault(key, (dtype, np.zeros(shape, NUMPY[dtype])))
             count = filled.setdefault(key, np.zeros(whole[1].size, int))
             whole[1].reshape(-1)[start:stop] = np.frombuffer(content, NUMPY[dtype])
             count[start:stop] += 1
+    assert sum(numbers) % 2**128 == 0
     assert all(np.all(count == 1) for count in filled.values())
     return tensors
 
@@ -163,13 +198,17 @@ def test_a_reader_made_from_the_document_reads_every_checkpoint(
     assert_same(read_checkpoint(written.root), written.tensors)
 
 
-def test_a_reader_made_from_the_document_reads_the_golden_checkpoint():
-    assert_same(read_checkpoint(GOLDEN), golden_maker().tensors())
+@pytest.mark.parametrize("golden", [GOLDEN, GOLDEN_2], ids=["1.0", "2.0"])
+def test_a_reader_made_from_the_document_reads_the_golden_checkpoint(golden):
+    assert_same(read_checkpoint(golden), golden_maker().tensors())
 
 
-def test_the_golden_checkpoint_stays_readable():
-    opened = open_checkpoint(str(GOLDEN))
-    assert opened.manifest.digest == GOLDEN_DIGEST
+@pytest.mark.parametrize(
+    "golden,digest", [(GOLDEN, GOLDEN_DIGEST), (GOLDEN_2, GOLDEN_2_DIGEST)], ids=["1.0", "2.0"]
+)
+def test_the_golden_checkpoint_stays_readable(golden, digest):
+    opened = open_checkpoint(str(golden))
+    assert opened.manifest.digest == digest
     assert opened.reader.verify().is_whole
     codecs = set()
     for key, (dtype, array) in golden_maker().tensors().items():
@@ -179,19 +218,29 @@ def test_the_golden_checkpoint_stays_readable():
         if dtype == "bfloat16":
             found = (found.view(np.uint32) >> 16).astype(np.uint16)
         assert found.tobytes() == array.tobytes()
-    for path in GOLDEN.glob("*/*.shard"):
+    for path in golden.glob("*/*.shard"):
         data = path.read_bytes()
         offset, size = struct.unpack_from("<QQ", data, len(data) - 64)
         codecs |= {chunk[4] for chunk in msgpack.unpackb(data[offset : offset + size])["chunks"]}
     assert codecs == {0, 1, 2}
-    assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 50_000
+    assert sum(path.stat().st_size for path in golden.rglob("*") if path.is_file()) < 50_000
 
 
 def test_a_raw_shard_is_still_written_byte_for_byte(tmp_path):
     maker = golden_maker()
     maker.write_shard(LocalStorage(tmp_path), 0, CodecPolicy("raw"))
-    for key in (maker.TICKET.shard_path(0), maker.TICKET.receipt_path(0)):
-        assert (tmp_path / key).read_bytes() == (GOLDEN / key).read_bytes()
+    key = maker.TICKET.shard_path(0)
+    assert (tmp_path / key).read_bytes() == (GOLDEN / key).read_bytes()
+
+
+def test_a_checkpoint_with_a_frozen_object_is_still_written_byte_for_byte(tmp_path):
+    maker = golden_maker()
+    storage = LocalStorage(tmp_path)
+    maker.write_shard(storage, 0, CodecPolicy("raw"), objects=[maker.write_object(storage, 0)])
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 3
+    for path in written:
+        assert path.read_bytes() == (GOLDEN_2 / path.relative_to(tmp_path)).read_bytes()
 
 
 def test_the_document_states_the_limits_of_the_code():

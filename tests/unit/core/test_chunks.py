@@ -11,7 +11,9 @@ from spotspeed.core.chunks import (
     LARGEST_CHUNK_BYTES,
     SMALLEST_CHUNK_BYTES,
     choose_chunk_bytes,
+    join,
     pack,
+    pack_parts,
     plane_bytes,
 )
 from spotspeed.core.interval import Interval
@@ -123,3 +125,34 @@ def test_the_chunk_size_grows_with_the_shard_within_its_bounds():
     assert sizes[0] == choose_chunk_bytes(0) == SMALLEST_CHUNK_BYTES
     assert sizes[-1] == LARGEST_CHUNK_BYTES
     assert choose_chunk_bytes(300 << 20) == 2 << 20
+
+
+def test_the_parts_of_a_save_joined_carry_every_byte_of_each_part():
+    fragments = [
+        Fragment(TensorKey("weight", f"w{n}"), dtype, (size,), Interval(0, size))
+        for n, (dtype, size) in enumerate([("bfloat16", 3001), ("float32", 900), ("bfloat16", 5),
+                                           ("float32", 2500), ("uint8", 77)])
+    ]  # fmt: skip
+    parts = pack_parts(fragments, [2, 1], chunk_bytes=4096)
+    assert [len(part.entries) for part in parts] == [2, 1, 2]
+    joined = join(parts, [2, 1])
+    assert joined.raw_bytes == sum(part.raw_bytes for part in parts)
+    base = 0
+    flat = [
+        (number, index) for number, part in enumerate(parts) for index in range(len(part.chunks))
+    ]
+    for chunk, (number, index) in enumerate(flat):
+        part = parts[number]
+        assert joined.chunks[chunk].index == chunk
+        assert joined.chunks[chunk].size_bytes == part.chunks[index].size_bytes
+        source_base = [0, 2, 3][number]
+        one = [(joined.sources[s.entry], s.source_offset, s.chunk_offset, s.size_bytes)
+               for s in joined.segments(chunk)]  # fmt: skip
+        other = [(source_base + part.sources[s.entry], s.source_offset, s.chunk_offset,
+                  s.size_bytes) for s in part.segments(index)]  # fmt: skip
+        assert one == other
+        base += part.chunks[index].size_bytes
+    assert base == joined.raw_bytes
+    for counts in ([0], [6], [3, 3], [-1]):
+        with pytest.raises(InvalidLayoutError):
+            pack_parts(fragments, counts, chunk_bytes=4096)
