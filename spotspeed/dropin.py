@@ -27,6 +27,7 @@ from spotspeed.checkpoint.marker import (
     usable_name,
 )
 from spotspeed.checkpoint.named import NamedSave, encode_client_state
+from spotspeed.checkpoint.rotation import watch
 from spotspeed.checkpoint.session import absolute
 from spotspeed.core.manifest import Manifest
 from spotspeed.errors import ConfigError, CoordinationError, ObjectNotFoundError, SpotSpeedError
@@ -90,6 +91,7 @@ def begin(checkpointer: Checkpointer, request: Request) -> SaveHandle:
             if _is_newest((folder, tag), serial):
                 is_latest = request.is_latest and _is_newest((folder, None), serial)
                 mark(checkpointer.storage, manifest, folder, tag, is_latest=is_latest)
+                watch(folder, checkpointer.storage)
         return manifest
 
     return checkpointer.save_named(named, finish)

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from spotspeed import events
+from spotspeed.checkpoint import rotation
 from spotspeed.checkpoint.gc import collect
 from spotspeed.checkpoint.sweep import Sweeper
 from spotspeed.config import KeepConfig
@@ -30,17 +31,19 @@ class Collector:
         self._wishes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="spotspeed-gc", daemon=True)
         self._thread.start()
+        rotation.tell(storage, self.sealed)
 
     def begin(self, epoch: int) -> None:
         """From now on this launch is epoch `epoch`."""
         self._epoch = epoch
 
     def sealed(self, _: Any = None) -> None:
-        """Something newer is sealed; returns at once."""
+        """Something newer is sealed, or something was given up; returns at once."""
         self._wishes.put(True)
 
     def close(self) -> None:
         """Stop, and wait a little for what was begun: a later launch removes what is left."""
+        rotation.tell(self._storage, None)
         self._wishes.put(False)
         self._thread.join(CLOSE_TIMEOUT_S)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from spotspeed.checkpoint.catalog import Catalog, CheckpointInfo, scan
 from spotspeed.checkpoint.ownership import read_epochs
+from spotspeed.checkpoint.rotation import forget, given_up
 from spotspeed.checkpoint.sweep import Sweeper
 from spotspeed.core.lineage import Place, place_of
 from spotspeed.core.manifest import MANIFEST_FILE
 from spotspeed.core.retention import Keep, Removal, Sealed, Unfinished, plan_removal
 from spotspeed.errors import OwnedError
 from spotspeed.storage.contract import Storage
+
+EXPLICIT = "explicit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,10 @@ def collect(
     anything is removed; StorageError leaves a part of a directory, which a later run removes.
     """
     catalog = scan(storage)
-    removals = plan_removal(_sealed(catalog), _unfinished(catalog), keep=keep, epoch=epoch)
+    unmarked = given_up(storage)
+    removals = plan_removal(
+        _sealed(catalog, unmarked), _unfinished(catalog), keep=keep, epoch=epoch
+    )
     size_bytes = 0
     for removal in removals:
         if not dry_run:
@@ -44,6 +51,8 @@ def collect(
         size_bytes += sum(info.size_bytes for info in storage.list(removal.directory))
         if not dry_run:
             _remove(storage, removal)
+            if removal.directory in unmarked:
+                forget(storage, removal.directory)
     newest = max((Place(info.epoch, info.step) for info in _all(catalog) if info.epoch == epoch),
                  default=None)  # fmt: skip
     sweeper = sweeper or Sweeper(storage, is_patient=False)
@@ -70,9 +79,12 @@ def _check_newest(storage: Storage, epoch: int) -> None:
         )
 
 
-def _sealed(catalog: Catalog) -> list[Sealed]:
+def _sealed(catalog: Catalog, unmarked: Collection[str]) -> list[Sealed]:
     def seen(info: CheckpointInfo, is_on_lineage: bool) -> Sealed:
-        return Sealed(info.directory, info.epoch, info.step, info.reason, is_on_lineage)
+        is_given_up = info.reason == EXPLICIT and info.directory in unmarked
+        return Sealed(
+            info.directory, info.epoch, info.step, info.reason, is_on_lineage, is_given_up
+        )
 
     both = [seen(info, True) for info in catalog.sealed]
     both += [seen(info, False) for info in catalog.off_lineage]

@@ -1,9 +1,9 @@
 """Which checkpoints may go: the `keep` rule, and what an interrupted save or a lost epoch left.
 
-Explicit saves stay until the user removes them. The newest sealed checkpoint stays whatever the
-rule says, and nothing of the epoch that is running is touched before it is sealed. What older
-epochs left behind goes once the running one has sealed something, so that there is always
-something newer than what is removed.
+Explicit saves stay until the user removes them, or the marker that stands for them. The newest
+sealed checkpoint stays whatever the rule says, and nothing of the epoch that is running is touched
+before it is sealed. What older epochs left behind goes once the running one has sealed something,
+so that there is always something newer than what is removed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Sealed:
     step: int
     reason: str
     is_on_lineage: bool = True
+    is_given_up: bool = False
+    """Whether the marker that an explicit save was kept for has been deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,13 @@ def plan_removal(
         return ()
     on_lineage = [item for item in sealed if item.is_on_lineage]
     stays = _stays(on_lineage, keep) | _last_resort(sealed, on_lineage, epoch)
+    given_up = [item for item in sealed if item.is_given_up and item.directory not in stays]
     removals = [
         Removal(item.directory, f"beyond keep.last = {keep.last}", True)
         for item in on_lineage
         if item.reason in _BY_RULE and item.directory not in stays
     ]
+    removals += [Removal(item.directory, "its marker was deleted", True) for item in given_up]
     if any(item.epoch == epoch for item in sealed):
         removals += [
             Removal(item.directory, f"not on the way to epoch {epoch}", True)

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+import spotspeed
+from spotspeed.checkpoint.rotation import given_up
+from spotspeed.storage import open_storage
 from tests.distributed.job import Job, Launch, Launcher, by_mpirun
 from tests.ranks import ROOT, free_port
 
@@ -46,7 +49,8 @@ def words_of(job: Job, *more: str, is_plain: bool = False) -> list[str]:
     return [str(job.log), "--output_dir", str(job.folder / "out"), "--deepspeed", str(file),
             "--use_cpu", "--ddp_backend", "gloo", "--per_device_train_batch_size", "4",
             "--learning_rate", "0.01", "--num_train_epochs", str(STEPS // 8),
-            "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "True", *more]  # fmt: skip
+            "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "True",
+            *more]  # fmt: skip
 
 
 def start(job: Job, words: list[str], ranks: int = 2, launcher: Launcher = by_mpirun) -> Launch:
@@ -64,7 +68,7 @@ def by_step(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 def test_trainer_is_interrupted_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     plain, job = job_at(tmp_path / "plain"), job_at(tmp_path / "job")
-    saves = ("--save_steps", "5")
+    saves = ("--save_steps", "5", "--save_total_limit", "2")
     whole = words_of(plain, "--save_strategy", "no", is_plain=True)
     with start(job, [*whole, "--then", *words_of(job, *saves)]) as launch:
         launch.wait_step(6)
@@ -78,4 +82,14 @@ def test_trainer_is_interrupted_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.output[-6000:]
     assert launch.records()[0]["step"] == last + 1 and STEPS - last >= 4
     assert by_step(job.records()) == reference, "losses, rates, epochs and history"
-    assert f"checkpoint-{last}" in {path.name for path in (job.folder / "out").iterdir()}
+    check_rotated(job)
+
+
+def check_rotated(job: Job) -> None:
+    """Trainer keeps two directories, and what stood behind the others is gone, or about to go."""
+    kept = {path.name for path in (job.folder / "out").iterdir()}
+    storage = open_storage(job.path)
+    stored = {info.tag.replace("global_step", "checkpoint-")
+              for info in spotspeed.list_checkpoints(str(job.path))
+              if info.reason == "explicit" and info.directory not in given_up(storage)}  # fmt: skip
+    assert len(kept) == 2 and stored == kept

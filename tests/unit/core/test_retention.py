@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +36,16 @@ def test_the_newest_stay_and_older_ones_go() -> None:
 def test_explicit_saves_neither_go_nor_count() -> None:
     items = sealed((1, 10), (1, 20), (1, 30, "explicit"), (1, 40, "explicit"), (1, 50, "explicit"))
     assert removed(items) == set()
+
+
+def test_explicit_saves_go_when_they_were_given_up_but_for_the_newest() -> None:
+    all_four = sealed(*((1, step, "explicit") for step in (10, 20, 30, 40)))
+    items = [replace(item, is_given_up=item.step != 20) for item in all_four]
+    assert removed(items) == {"e1-s10-explicit", "e1-s30-explicit"}
+    lost = [replace(item, is_on_lineage=False) for item in items]
+    assert removed([*sealed((2, 50)), *sealed((1, 5)), *lost], epoch=2) == {
+        "e1-s10-explicit", "e1-s30-explicit", "e1-s40-explicit",
+    }  # fmt: skip
 
 
 def test_notice_and_final_saves_follow_the_rule() -> None:
