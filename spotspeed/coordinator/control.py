@@ -15,12 +15,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Protocol
 
-from spotspeed import events
+from spotspeed.coordinator.listener import CutListener, Source, Teller
 from spotspeed.coordinator.post import Post
-from spotspeed.coordinator.signals import SignalListener
 from spotspeed.coordinator.transport import PeerDown, Received, Transport
 from spotspeed.core.cut import CutMachine
 from spotspeed.core.cut_actions import (
@@ -34,12 +32,10 @@ from spotspeed.core.cut_actions import (
     Send,
     Settled,
 )
-from spotspeed.core.cut_messages import Cut, Wish
+from spotspeed.core.cut_gate import OPEN
+from spotspeed.core.cut_messages import Wish
 from spotspeed.errors import FormatError
 
-STEP_BITS = 40
-STEP_MASK = (1 << STEP_BITS) - 1
-"""A position is generation << STEP_BITS | step; every load of a state begins a generation."""
 IDLE_S = 60.0
 SHORTEST_GRACE_S = 0.2
 LOSS_GRACE_S = 0.5
@@ -48,73 +44,100 @@ LOSS_GRACE_S = 0.5
 Command = Callable[[float], Sequence[Action]]
 
 
-class CutListener(Protocol):
-    """Told on the control thread what the ranks agree on; every method must return at once."""
+class ControlThread(Protocol):
+    """What the coordinator needs of a control thread, in Python or native.
 
-    def on_notice(self, source: str, seconds_left: float) -> None:
-        """This rank was told to stop; all ranks will agree on a step."""
+    `lock` is notified after everything that somebody may wait for; the fields change under it.
+    Methods belong to any thread.
+    """
+
+    lock: threading.Condition
+    departed: Departed | None
+    is_closed: bool
+    is_over: bool
+    exchanged: dict[int, Exchanged]
+
+    def pass_gate(self, position: int) -> bool:
+        """The fast way: whether update `position` may begin; it has then begun."""
         ...
 
-    def on_capture(self, cut: Cut) -> None:
-        """The state is that of `cut.step`, and stays so until `report_staged(cut.round)`.
-
-        Before `start` the step is -1: nothing has been trained or restored yet.
-
-        Must lead to `report_staged` and `report_durable`, or to `report_failed`, from any thread.
-        Several captures may be open, also of one step: one save may answer both.
-        """
+    def enter(self, position: int) -> bool:
+        """The same for one who waits, with `lock` held."""
         ...
 
-    def on_outcome(self, cut: Cut, digest: str | None, why: str) -> None:
-        """The round is over: sealed under `digest`, or None: not known durable, because of `why`.
-
-        None before this rank has reported staged: forget the copy before returning, for the state
-        changes as soon as this returns. None after that: the savers may still seal it.
-        """
+    def completed(self, position: int) -> None:
+        """Update `position` is done."""
         ...
 
-    def on_peer_lost(self, rank: int, why: str) -> None:
-        """A rank is gone; a stopping round among the survivors follows."""
+    def notice(self, source: str, seconds_left: float | None, wish: Wish) -> None:
+        """A wish of this rank; of a stop the listener is told first."""
         ...
 
-    def leave(self, why: str) -> None:
-        """End the process now: all may leave, and the main thread is not at the gate in time."""
+    def staged(self, number: int) -> None:
+        """The state of that round is out of the training's memory."""
         ...
 
+    def durable(self, number: int, digest: str | None) -> None:
+        """This rank's part is durable."""
+        ...
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One source of notices by signal, and what a signal of it means."""
+    def failed(self, number: int, why: str) -> None:
+        """This rank's part will not become durable."""
+        ...
 
-    signals: SignalListener
-    seconds_left: float
+    def gather(self, label: str, value: bytes) -> None:
+        """Begin the next exchange; the first has serial 1. Its end goes to `exchanged`."""
+        ...
+
+    def missing(self) -> tuple[int, ...]:
+        """Ranks that are known not to have joined the running exchange."""
+        ...
+
+    def has_lost(self) -> bool:
+        """Whether a rank is lost."""
+        ...
+
+    def is_ending(self) -> bool:
+        """Whether a rank is lost or a stop is decided."""
+        ...
+
+    def reached(self) -> None:
+        """The main thread knows that it is to leave."""
+        ...
+
+    def wake(self) -> None:
+        """Let the thread look at its times again."""
+        ...
+
+    def stop(self, drain_s: float) -> None:
+        """End the thread and close the transport; whatever is not agreed stays so. Idempotent."""
+        ...
 
 
 class Control:
-    """Machine, transport and thread of one rank.
+    """Machine, transport and thread of one rank, in Python: the readable `ControlThread`.
 
-    `lock` guards `machine` and the public fields; `mutex` is what it locks, for those who neither
-    wait nor notify, at a third of the cost.
+    `lock` guards the machine, too. The native twin is csrc/control.cpp.
     """
 
     def __init__(
         self, transport: Transport, machine: CutMachine, listener: CutListener,
         *, source: Source | None, grace_s: float,
     ) -> None:  # fmt: skip
-        self.machine = machine
-        self.mutex = threading.Lock()
-        self.lock = threading.Condition(self.mutex)
+        self.lock = threading.Condition(threading.Lock())
         self.departed: Departed | None = None
-        self.is_closed = self.is_over = self.has_reached = False
+        self.is_closed = self.is_over = False
         self.exchanged: dict[int, Exchanged] = {}
+        self._machine = machine
+        self._gate = machine.gate
+        self._has_reached = False
         self._transport = transport
         self._post = Post(transport)
-        self._listener = listener
+        self._teller = Teller(listener, failed=self._fail, delivered=self._deliver)
         self._source = source
         self._grace_s = grace_s
         self._leave_at: float | None = None
         self._jobs: deque[Callable[[], None]] = deque()
-        self._heard_at: float | None = None
         self._drain_s = 0.0
         self._wakeup_lock = threading.Lock()
         self._wakeup_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -124,28 +147,68 @@ class Control:
 
     # From any thread.
 
-    def command(self, command: Command) -> None:
-        """Let the control thread call `command(now)` on the machine and act on what it returns."""
-        self._do(lambda: self._apply(command))
+    def pass_gate(self, position: int) -> bool:
+        gate = self._gate
+        with self.lock:
+            if position <= gate.ceiling:
+                gate.started = position
+                return True
+        return False
 
-    def notice(self, source: str, seconds_left: float, wish: Wish) -> None:
-        """A wish of this rank; a stop is told to the listener first."""
+    def enter(self, position: int) -> bool:
+        return self._machine.enter(position, time.monotonic())
+
+    def completed(self, position: int) -> None:
+        with self.lock:
+            self._gate.completed = position
+            is_watched = self._gate.ceiling != OPEN
+        if is_watched:
+            self._command(lambda now: self._machine.completed(position, now))
+
+    def notice(self, source: str, seconds_left: float | None, wish: Wish) -> None:
         self._do(lambda: self._notice(source, seconds_left, wish))
 
+    def staged(self, number: int) -> None:
+        self._command(lambda now: self._machine.staged(number, now))
+
+    def durable(self, number: int, digest: str | None) -> None:
+        self._command(lambda now: self._machine.durable(number, digest, now))
+
+    def failed(self, number: int, why: str) -> None:
+        self._command(lambda now: self._machine.failed(number, why, now))
+
+    def gather(self, label: str, value: bytes) -> None:
+        self._command(lambda now: self._machine.gather(label, value, now)[1])
+
+    def missing(self) -> tuple[int, ...]:
+        return self._machine.missing()
+
+    def has_lost(self) -> bool:
+        return bool(self._machine.lost)
+
+    def is_ending(self) -> bool:
+        rounds = self._machine.member.rounds.values()
+        return bool(self._machine.lost) or any(held.cut.stop for held in tuple(rounds))
+
+    def reached(self) -> None:
+        self._has_reached = True
+
     def wake(self) -> None:
-        """Let the control thread look at its times again."""
         with self._wakeup_lock:
             if not self.is_over:
                 os.eventfd_write(self._wakeup_fd, 1)
 
     def stop(self, drain_s: float) -> None:
-        """End the thread and close the transport; whatever is not agreed stays so. Idempotent."""
         if threading.current_thread() is self._thread or self.is_over:
             return
         self._drain_s = drain_s
         self._is_running = False
         self.wake()
         self._thread.join()
+
+    def _command(self, command: Command) -> None:
+        """Let the thread call `command(now)` on the machine and act on what it returns."""
+        self._do(lambda: self._apply(command))
 
     def _do(self, job: Callable[[], None]) -> None:
         self._jobs.append(job)
@@ -177,7 +240,7 @@ class Control:
                 self._peer_down(event)
         while self._jobs:
             self._jobs.popleft()()
-        self._apply(self.machine.tick)
+        self._apply(self._machine.tick)
         if self._leave_at is not None and time.monotonic() >= self._leave_at:
             self._leave_at = None
             self._leave()
@@ -185,7 +248,7 @@ class Control:
     def _wait_s(self) -> float:
         now = time.monotonic()
         with self.lock:
-            wake = self.machine.wake()
+            wake = self._machine.wake()
         times = [self._transport.wait_s(), IDLE_S]
         times += [end - now for end in (wake, self._leave_at) if end is not None]
         return max(0.0, min(times)) if not self._jobs else 0.0
@@ -207,11 +270,10 @@ class Control:
             name = signal.Signals(number).name
             self._notice(name, self._source.seconds_left, Wish.STOP)
 
-    def _notice(self, source: str, seconds_left: float, wish: Wish) -> None:
+    def _notice(self, source: str, seconds_left: float | None, wish: Wish) -> None:
         if wish is Wish.STOP:
-            self._heard_at = self._heard_at or time.monotonic()
-            self._tell(lambda: self._listener.on_notice(source, seconds_left))
-        self._apply(lambda now: self.machine.notice(wish, seconds_left, source, now))
+            self._teller.notice(source, seconds_left or 0.0, time.monotonic())
+        self._apply(lambda now: self._machine.notice(wish, seconds_left, source, now))
 
     def _receive(self, event: Received) -> None:
         try:
@@ -221,10 +283,10 @@ class Control:
             return
         if found is not None:
             term, message = found
-            self._apply(lambda now: self.machine.receive(event.sender, term, message, now))
+            self._apply(lambda now: self._machine.receive(event.sender, term, message, now))
 
     def _peer_down(self, event: PeerDown) -> None:
-        self._apply(lambda now: self.machine.peer_down(event.rank, event.why, now))
+        self._apply(lambda now: self._machine.peer_down(event.rank, event.why, now))
 
     # What goes out.
 
@@ -239,59 +301,37 @@ class Control:
         if isinstance(action, Send):
             self._post.send(action.to, action.term, action.message)
         elif isinstance(action, Capture):
-            self._capture(action.cut)
+            self._teller.capture(action.cut)
         elif isinstance(action, Settled):
-            self._settle(action)
+            self._teller.settle(action.cut, action.digest, action.why)
         elif isinstance(action, Decided):
-            self._tell_agreed(action.cut)
+            self._teller.agreed(action.cut, time.monotonic())
         elif isinstance(action, PeerLost):
-            rank, why = action.rank, action.why
-            self._tell(lambda: self._listener.on_peer_lost(rank, why))
+            self._teller.peer_lost(action.rank, action.why)
         else:
             self._tell_waiting(action)
 
-    def _capture(self, cut: Cut) -> None:
-        failure = self._tell(lambda: self._listener.on_capture(public(cut)))
-        if failure is not None:
-            self._apply(lambda now: self.machine.failed(cut.round, failure, now))
+    def _fail(self, number: int, why: str) -> None:
+        self._apply(lambda now: self._machine.failed(number, why, now))
 
-    def _settle(self, action: Settled) -> None:
-        cut = action.cut
-        self._tell(lambda: self._listener.on_outcome(public(cut), action.digest, action.why))
-        self._apply(lambda now: self.machine.delivered(cut.round, now))
+    def _deliver(self, number: int) -> None:
+        self._apply(lambda now: self._machine.delivered(number, now))
 
     def _end_of_grace(self) -> float:
         """When the main thread must be at the gate: soon, and sooner when there is no time left."""
-        now, deadline = time.monotonic(), self.machine.member.deadline()
-        grace_s = LOSS_GRACE_S if self.machine.lost else self._grace_s
+        now, deadline = time.monotonic(), self._machine.member.deadline()
+        grace_s = LOSS_GRACE_S if self._machine.lost else self._grace_s
         if deadline is None:
             return now + grace_s
         return min(now + grace_s, max(now + SHORTEST_GRACE_S, deadline))
 
     def _leave(self) -> None:
         """The grace is over: the main thread is somewhere else, in a dead collective perhaps."""
-        if not self.has_reached and self.departed is not None:
-            why = self.departed.why or "all ranks leave"
-            self._tell(lambda: self._listener.leave(why))
+        if not self._has_reached and self.departed is not None:
+            self._teller.leave(self.departed.why)
             with self.lock:
-                self.has_reached = True
+                self._has_reached = True
                 self.lock.notify_all()
-
-    def _tell(self, call: Callable[[], None]) -> str | None:
-        """Call the listener; what it raises must not end the agreement of all ranks."""
-        try:
-            call()
-        except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-            events.emit(events.Lost("what the ranks agreed on, for a listener failed", failure))
-            return failure
-        return None
-
-    def _tell_agreed(self, cut: Cut) -> None:
-        latency_s = time.monotonic() - self._heard_at if self._heard_at is not None else 0.0
-        agreed = events.Agreed(cut.step & STEP_MASK, cut.round, cut.stop, latency_s)
-        self._tell(lambda: events.emit(agreed))
-        self._heard_at = None
 
     def _tell_waiting(self, action: Departed | AllClosed | Exchanged) -> None:
         with self.lock:
@@ -303,8 +343,3 @@ class Control:
             else:
                 self.exchanged = {action.serial: action}
             self.lock.notify_all()
-
-
-def public(cut: Cut) -> Cut:
-    """`cut` with the optimizer step instead of the position; -1 before `start`."""
-    return replace(cut, step=cut.step & STEP_MASK if cut.step > STEP_MASK else -1)

@@ -16,24 +16,16 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from enum import Enum, auto
 
 from spotspeed import events
 from spotspeed.config import SpotSpeedConfig
-from spotspeed.coordinator.control import (
-    STEP_BITS,
-    STEP_MASK,
-    Control,
-    CutListener,
-    Source,
-)
+from spotspeed.coordinator.control_choice import Ending, start_control
+from spotspeed.coordinator.listener import STEP_BITS, STEP_MASK, CutListener, Source
 from spotspeed.coordinator.post import ENCODED_BYTES_MAX
 from spotspeed.coordinator.signals import SignalListener
 from spotspeed.coordinator.transport import Transport
-from spotspeed.core.cut import CutMachine
-from spotspeed.core.cut_actions import Action, Timing
-from spotspeed.core.cut_gate import OPEN
+from spotspeed.core.cut_actions import Timing
 from spotspeed.core.cut_messages import Cut, Wish
 from spotspeed.errors import CoordinationError, CutTimeoutError, LeavingError, PeerLostError
 
@@ -73,23 +65,19 @@ class Coordinator:
         self._world_size = transport.world_size
         peer_timeout_s = config.coordinator.peer_timeout_s
         now = time.monotonic()
-        machine = CutMachine(
-            transport.rank, transport.world_size, now=now,
-            timing=Timing(max_hold_s=config.staging.max_hold_s, settle_s=peer_timeout_s,
-                          after_loss_s=config.notice.deadline_s),
-            unix_offset_s=time.time() - now,
-        )  # fmt: skip
+        timing = Timing(max_hold_s=config.staging.max_hold_s, settle_s=peer_timeout_s,
+                        after_loss_s=config.notice.deadline_s)  # fmt: skip
         self._signals = SignalListener([signal.Signals[name] for name in config.notice.signals])
         self._rearm_at = now + REARM_S
         self._generation = 0
         self._base = 0
-        self._gate = machine.gate
-        self._machine = machine
-        self._control = Control(
-            transport, machine, listener,
-            source=Source(self._signals, self._notice_s), grace_s=LEAVE_GRACE_S,
+        self._control = start_control(
+            transport, listener, Source(self._signals, self._notice_s), timing,
+            Ending(LEAVE_GRACE_S, config.on_interrupt.exit_code),
         )  # fmt: skip
-        self._lock, self._mutex = self._control.lock, self._control.mutex
+        self._lock = self._control.lock
+        self._pass_gate = self._control.pass_gate
+        self._serial = 0
         self._exchange_lock = threading.Lock()
 
     # The training.
@@ -113,22 +101,11 @@ class Coordinator:
         Raises CoordinationError when the agreement has ended without a verdict.
         """
         position = self._base + step
-        gate = self._gate
-        with self._mutex:
-            if position <= gate.ceiling:
-                gate.started = position
-                return _GO
-        return self._pass(position)
+        return _GO if self._pass_gate(position) else self._pass(position)
 
     def completed(self, step: int) -> None:
         """Update `step` is done, and the small state at its exit is recorded."""
-        position = self._base + step
-        gate = self._gate
-        with self._mutex:
-            gate.completed = position
-            is_watched = gate.ceiling != OPEN
-        if is_watched:
-            self._control.command(lambda now: self._machine.completed(position, now))
+        self._control.completed(self._base + step)
         now = time.monotonic()
         if now >= self._rearm_at:
             self._rearm_at = now + REARM_S
@@ -143,23 +120,22 @@ class Coordinator:
 
     def request_snapshot(self, source: str = "periodic") -> None:
         """Save a step of all ranks, soon, and go on; joins a save that is not captured yet."""
-        control = self._control
-        control.command(lambda now: self._machine.notice(Wish.SNAP, None, source, now))
+        self._control.notice(source, None, Wish.SNAP)
 
     def report_staged(self, round_number: int) -> None:
         """The state of that round is out of the training's memory."""
-        self._control.command(lambda now: self._machine.staged(round_number, now))
+        self._control.staged(round_number)
 
     def report_durable(self, round_number: int, digest: str | None) -> None:
         """This rank's part is durable; `digest` of the sealed whole, or None: not seen sealed.
 
         The round is sealed when all ranks report and at least one has seen the seal.
         """
-        self._control.command(lambda now: self._machine.durable(round_number, digest, now))
+        self._control.durable(round_number, digest)
 
     def report_failed(self, round_number: int, why: str) -> None:
         """This rank's part of that round will not become durable."""
-        self._control.command(lambda now: self._machine.failed(round_number, why, now))
+        self._control.failed(round_number, why)
 
     def exchange(
         self, label: str, value: bytes, timeout_s: float = EXCHANGE_TIMEOUT_S
@@ -201,16 +177,15 @@ class Coordinator:
         control, began = self._control, time.monotonic()
         with self._lock:
             while control.departed is None and not control.is_over:
-                machine = self._machine
-                is_ending = bool(machine.lost) or any(
-                    held.cut.stop for held in machine.member.rounds.values()
-                )
+                is_ending = control.is_ending()
                 left = began + (timeout_s if is_ending else LOSS_SIGN_S) - time.monotonic()
                 if left <= 0:
                     break
                 self._lock.wait(left)
-            control.has_reached = control.departed is not None
-            return control.has_reached or bool(self._machine.lost)
+            if control.departed is None:
+                return control.has_lost()
+            control.reached()
+            return True
 
     # Inside.
 
@@ -219,9 +194,9 @@ class Coordinator:
         control, began = self._control, time.monotonic()
         is_told = False
         with self._lock:
-            while not self._machine.enter(position, time.monotonic()):
+            while not control.enter(position):
                 if control.departed is not None:
-                    control.has_reached = True
+                    control.reached()
                     return GateVerdict.LEAVE
                 self._check_alive()
                 if not is_told:
@@ -236,7 +211,7 @@ class Coordinator:
 
     def _wait_closed(self, timeout_s: float) -> GateVerdict:
         control, end = self._control, time.monotonic() + timeout_s
-        control.command(lambda now: self._machine.notice(Wish.CLOSE, None, "close", now))
+        control.notice("close", None, Wish.CLOSE)
         with self._lock:
             while not control.is_closed and control.departed is None:
                 self._check_alive()
@@ -249,35 +224,30 @@ class Coordinator:
                 self._lock.wait(left)
             if control.departed is None:
                 return GateVerdict.GO
-            control.has_reached = True
+            control.reached()
             return GateVerdict.LEAVE
 
     def _exchange(self, label: str, value: bytes, timeout_s: float) -> list[bytes]:
         control, end = self._control, time.monotonic() + timeout_s
-        serials: list[int] = []
-
-        def begin(now: float) -> Sequence[Action]:
-            serial, actions = self._machine.gather(label, value, now)
-            serials.append(serial)
-            return actions
-
-        control.command(begin)
+        self._serial += 1
+        serial = self._serial
+        control.gather(label, value)
         with self._lock:
-            while not serials or serials[0] not in control.exchanged:
+            while serial not in control.exchanged:
                 self._check_alive()
                 left = end - time.monotonic()
                 if left <= 0:
-                    missing = list(self._machine.missing())
+                    missing = list(control.missing())
                     raise CoordinationError(
                         f"exchange {label!r}: not complete after {timeout_s:g} s; "
                         f"missing: {f'ranks {missing[:16]}' if missing else 'the answer'}"
                     )
                 self._lock.wait(left)
-            result = control.exchanged.pop(serials[0])
+            result = control.exchanged.pop(serial)
         if result.values is not None:
             return list(result.values)
         kind = LeavingError if control.departed is not None else CoordinationError
-        if self._machine.lost:
+        if control.has_lost():
             kind = PeerLostError
         raise kind(f"exchange {label!r}: {result.why}")
 
