@@ -98,6 +98,11 @@ class ShardWriter:
         self._writer = self._begin()
 
     @property
+    def layout(self) -> StreamLayout:
+        """What the file holds and how it is cut into chunks."""
+        return self._layout
+
+    @property
     def chunks_put(self) -> int:
         """How many chunks have been put; the index of the next one."""
         return len(self._records)
