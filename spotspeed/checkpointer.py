@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -61,6 +59,8 @@ class Checkpointer:
         self._save_began = time.monotonic()
         self._cuts = Interruption(self, config, self.rank)
         self._session = open_session(config, self.rank, self.world_size, listener=self._cuts)
+        self.storage: Storage = self._session.storage
+        self.exchange: Exchange = self._session.coordinator.exchange
         self._saves = SaveQueue(self._begin, self._small.late.await_end)
         self._register = SaveRegister(self._saves)
         self._exit = ExitWatch(self._close_at_exit)
@@ -120,7 +120,9 @@ class Checkpointer:
         self._start()
         self._small.end_step()
         step = int(self.engine.global_steps)
-        return self.submit(step, f"x{tag or step}", tag or f"step-{step}", "explicit")
+        handle = self.submit(step, f"x{tag or step}", tag or f"step-{step}", "explicit")
+        self._copy_unless_lazy()
+        return handle
 
     def save_named(
         self, named: NamedSave, finish: Callable[[Manifest], Manifest] | None = None
@@ -135,6 +137,7 @@ class Checkpointer:
             self._small.record()
         self._small.end_step()
         handle = self.submit(step, self._register.name(step, named), named.tag, "explicit")
+        self._copy_unless_lazy()
         return handle if finish is None else self._register.then(handle, finish)
 
     def load(self, storage: Storage, seat: Seat, name: str | None) -> Restored | None:
@@ -191,16 +194,8 @@ class Checkpointer:
         self._binding.watches_forward = True
 
     @property
-    def storage(self) -> Storage:
-        return self._session.storage
-
-    @property
     def seat(self) -> Seat:
         return Seat(self.rank, self.world_size, self.exchange, self._provider, self._small)
-
-    @property
-    def exchange(self) -> Exchange:
-        return self._session.coordinator.exchange
 
     def end_step(self) -> None:
         """All that belongs to the last step is done: `state` is complete for it.
@@ -257,6 +252,7 @@ class Checkpointer:
         """The first step begins, or one whose predecessor ends here."""
         self._start()
         self._small.end_step()
+        self._copy_unless_lazy()
         loader_guard.release()
         self._binding.watches_forward = False
 
@@ -287,6 +283,7 @@ class Checkpointer:
         self._binding.watches_forward = bool(self._small.late)
         if self.is_on_grid(step):
             self.submit(step, "p", f"step-{step}", "periodic")
+            self._copy_unless_lazy(has_ended=not self._small.late)
         elif self.rank == 0 and self._is_time():
             self.request_save()
         self._session.coordinator.completed(step)
@@ -342,6 +339,11 @@ class Checkpointer:
             self._session.coordinator.start(int(self.engine.global_steps))
             self._cuts.is_changing = False
 
+    def _copy_unless_lazy(self, *, has_ended: bool = True) -> None:
+        """With `staging.lazy: false` a step or a save returns when nothing is left to copy."""
+        if has_ended and not self.config.staging.lazy:
+            self._saves.close_window(self.config.staging.max_hold_s)
+
     def _is_time(self) -> bool:
         """Whether `interval.seconds` have passed since the last save began."""
         seconds = self.config.interval.seconds
@@ -364,9 +366,6 @@ class Checkpointer:
     def _leave(self, where: str) -> NoReturn:
         """End the thread that trains, or the one that closes after it; then the process ends."""
         code = self._cuts.exit_code
-        if threading.current_thread() is threading.main_thread():
-            for name in self.config.notice.signals:
-                signal.signal(signal.Signals[name], signal.SIG_IGN)
         self._cuts.say_goodbye(where)
         self._detach(is_awaited=code != EXIT_NOT_DURABLE)
         self._exit.hasten(code)

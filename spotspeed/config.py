@@ -74,7 +74,10 @@ class StagingConfig(_Section):
     host_memory_gb: PositiveFloat | None = None
     """Size of the staging pool of a node, in GB; null sizes it from the node and the state."""
     lazy: bool = True
-    """Copy during the next forward and backward; false copies before the step returns."""
+    """Copy during the next forward and backward; false copies before a step or a save returns.
+
+    A notice is answered at once in either case, in the middle of whatever the rank does.
+    """
     check: Literal["off", "sampled", "full"] = "sampled"
     """How much of the state is digested twice to catch mutation while it is copied."""
     max_hold_s: PositiveFloat = 30.0
@@ -163,7 +166,6 @@ def _not_built(config: SpotSpeedConfig) -> list[str]:
     asked = {
         "local_path": config.local_path is not None,
         "interval.adaptive": config.interval.adaptive,
-        "staging.lazy": not config.staging.lazy,
         "coordinator.transport": config.coordinator.transport is not None,
         "elastic.indivisible": config.elastic.indivisible != "refuse",
         "metrics.port": config.metrics.port is not None,

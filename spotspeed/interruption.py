@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import threading
 import time
@@ -78,8 +79,14 @@ class Interruption:
         return self._config.on_interrupt.exit_code if is_durable else EXIT_NOT_DURABLE
 
     def say_goodbye(self, where: str) -> None:
-        """One line for people: what is durable, and how this rank leaves."""
+        """One line for people: what is durable, and how this rank leaves.
+
+        From then on the main thread hears no notice any more.
+        """
         assert self._session is not None
+        if threading.current_thread() is threading.main_thread():
+            for name in self._config.notice.signals:
+                signal.signal(signal.Signals[name], signal.SIG_IGN)
         text = self._session.farewell(self.outcome, where)
         sys.stderr.write(f"spotspeed: rank {self._rank}: {text}; leaving with {self.exit_code}\n")
         sys.stderr.flush()

@@ -53,6 +53,22 @@ def check_without_a_block_the_path_is_the_catalogue() -> None:
         assert len(list(path.glob("step-*"))) == 3, "nothing that was not asked for"
 
 
+def check_a_loop_may_write_to_the_state_after_a_step_that_is_not_lazy() -> None:
+    path = FOLDER / "eager"
+    block = {"path": str(path), "interval": {"seconds": None, "steps": 1}, "keep": {"last": 99},
+             "staging": {"lazy": False, "check": "full"}}  # fmt: skip
+    engine = make(2, spotspeed=block)
+    checkpointer = spotspeed.attach(engine)
+    (master,) = engine.optimizer.single_partition_of_fp32_groups
+    for _ in range(20):
+        train(engine, 1)
+        with torch.no_grad():
+            master.mul_(0.5)
+    checkpointer.close()
+    assert {found.step for found in spotspeed.list_checkpoints(str(path))} == set(range(1, 21))
+    engine.destroy()
+
+
 def check_client_state_is_plain_data_as_it_was() -> None:
     engine = make(1)
     state = {"t": torch.arange(4.0), "a": np.eye(2), "deep": {"list": [1, (2, None)], 3: b"x"}}

@@ -63,7 +63,6 @@ def test_every_wrong_key_is_named_at_once() -> None:
     [
         ("local_path", {"local_path": "/nvme"}),
         ("interval.adaptive", {"interval": {"adaptive": True}}),
-        ("staging.lazy", {"staging": {"lazy": False}}),
         ("coordinator.transport", {"coordinator": {"transport": "mpi"}}),
         ("elastic.indivisible", {"elastic": {"indivisible": "micro_batch"}}),
         ("metrics.port", {"metrics": {"port": 9000}}),
