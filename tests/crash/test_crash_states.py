@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from spotspeed.checkpoint.gc import collect
 from spotspeed.checkpoint.ownership import claim_epoch, record_restored_from, release
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.shard import ShardWriter
+from spotspeed.codec import digest
 from spotspeed.core.chunks import pack
+from spotspeed.core.frozen import ObjectRecord, content_of
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.core.manifest import Ticket
@@ -64,18 +66,33 @@ class Job:
     def process(self) -> Storage:
         return PromisingStorage(LocalStorage(self.root, disk=self.disk), self.disk.log)
 
-    def write(self, storage: Storage, ticket: Ticket, rank: int) -> None:
-        part = Interval(0, ELEMENTS).split(ticket.world_size, rank)
-        fragment = Fragment(TensorKey("fp32", "w"), "float32", (ELEMENTS,), part)
-        layout = pack([fragment], chunk_bytes=4096)
+    def write(
+        self, storage: Storage, ticket: Ticket, rank: int, objects: Sequence[ObjectRecord] = ()
+    ) -> None:
+        layout = pack([part("fp32", ticket.world_size, rank)], chunk_bytes=4096)
         with ShardWriter(storage, ticket, rank, layout) as writer:
             for chunk in layout.chunks:
                 writer.put_chunk(chunk.index, bytes([ticket.step]) * chunk.size_bytes)
-            writer.finish()
+            writer.finish(objects)
+
+    def freeze(self, storage: Storage, ticket: Ticket, value: int) -> ObjectRecord:
+        """A frozen weight, every byte `value`, written by the save of `ticket`."""
+        fragment = part("weight", 1, 0)
+        content = content_of([(fragment, digest(bytes([value]) * fragment.size_bytes))])
+        layout = pack([fragment], chunk_bytes=4096)
+        with ShardWriter(storage, ticket, 0, layout, content=content) as writer:
+            for chunk in layout.chunks:
+                writer.put_chunk(chunk.index, bytes([value]) * chunk.size_bytes)
+            return writer.finish_object()
 
     def seal(self, storage: Storage, ticket: Ticket) -> None:
         if try_seal(storage, ticket) is not None:
             self.disk.log.append(SealPromised(ticket.directory))
+
+
+def part(kind: str, world_size: int, rank: int) -> Fragment:
+    interval = Interval(0, ELEMENTS).split(world_size, rank)
+    return Fragment(TensorKey(kind, "w"), "float32", (ELEMENTS,), interval)
 
 
 def ticket(epoch: int, step: int) -> Ticket:
@@ -83,24 +100,29 @@ def ticket(epoch: int, step: int) -> Ticket:
 
 
 def train_and_restart(job: Job) -> None:
-    """Two saves by two ranks, a kill, a restart, a save, a removal, and the close."""
+    """Two saves by two ranks, a kill, a restart, a save, a removal, and the close.
+
+    Rank 0 has a frozen weight, which is edited once.
+    """
     first, other = job.process(), job.process()
     claim_epoch(first, identity=WHO)
     record_restored_from(first, 1, None)
+    frozen = [job.freeze(first, ticket(1, 10), 7)]
     for step in (10, 20):
         for rank, storage in ((1, other), (0, first)):
-            job.write(storage, ticket(1, step), rank)
+            job.write(storage, ticket(1, step), rank, [] if rank else frozen)
             job.seal(storage, ticket(1, step))
+        frozen = [job.freeze(first, ticket(1, 20), 8)] if step == 10 else frozen
     job.write(other, ticket(1, 30), 1)
     again = job.process()
     roll_forward(again)
     claim_epoch(again, identity=WHO)
     record_restored_from(again, 2, ticket(1, 20).directory)
     for rank in (0, 1):
-        job.write(again, ticket(2, 21), rank)
+        job.write(again, ticket(2, 21), rank, [] if rank else frozen)
     job.seal(again, ticket(2, 21))
     job.disk.log.append(RemovalBegun(frozenset({ticket(2, 21).directory})))
-    collect(again, Keep(last=1), epoch=2)
+    assert len(collect(again, Keep(last=1), epoch=2).frozen) == 1
     release(again, 2)
 
 
@@ -206,11 +228,24 @@ def judge(root: Path, promises: Promises, sealed: set[str]) -> list[str]:
 
 
 def test_a_crash_at_any_instant_breaks_no_promise(workplace: Path) -> None:
-    findings, disk = explore(train_and_restart, workplace, per_point=30)
+    findings, disk = explore(train_and_restart, workplace, per_point=24)
     print(f"seed {SEED}: {findings.states} states, {findings.distinct} distinct")
     assert findings.broken == []
     assert findings.states >= 4000
     assert len(disk.syncs) >= 6
+
+
+@pytest.mark.full
+def test_a_hundred_thousand_crash_states_break_no_promise(workplace: Path) -> None:
+    states = 0
+    for scenario, per_point in ((train_and_restart, 420), (race_at_every_fsync, 250)):
+        place = workplace / scenario.__name__
+        place.mkdir()
+        findings, _ = explore(scenario, place, per_point=per_point)
+        print(f"seed {SEED}: {findings.states} states, {findings.distinct} distinct")
+        assert findings.broken == []
+        states += findings.states
+    assert states >= 100_000
 
 
 def test_a_crash_in_the_middle_of_a_race_breaks_no_promise(workplace: Path) -> None:
