@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from spotspeed import dropin, events
 from spotspeed.checkpoint.agreement import Exchange, impatient, share_all
 from spotspeed.checkpoint.named import NamedSave
+from spotspeed.checkpoint.passing import Passing
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
 from spotspeed.checkpoint.register import SaveRegister
 from spotspeed.checkpoint.restore import Restored, Seat, restore_agreed
@@ -53,6 +54,7 @@ class Checkpointer:
         self.rank, self.world_size = rank_of(engine), world_size_of(engine)
         self._provider = provider_for(engine)
         self._small = SmallState(engine, self._provider.group_names, late=LateState(state))
+        self.hurry = self._small.late.hurry
         self._restored: Restored | None = None
         self._has_restored = self._is_started = self._is_closed = False
         self._lost = ""  # Why there is no state to train or save, if so.
@@ -60,8 +62,11 @@ class Checkpointer:
         self._cuts = Interruption(self, config, self.rank)
         self._session = open_session(config, self.rank, self.world_size, listener=self._cuts)
         self.storage: Storage = self._session.storage
+        self.origin = self.storage  # Where restore() looks; a rehearsal begins elsewhere.
         self.exchange: Exchange = self._session.coordinator.exchange
-        self._saves = SaveQueue(self._begin, self._small.late.await_end)
+        self.passing = Passing(self.storage, self._session.epoch, exchange=self.exchange,
+                               forwards=lambda: boundary.forwards_of(engine))  # fmt: skip
+        self._saves = SaveQueue(self._begin, self._small.late.await_end, self.passing.look)
         self._register = SaveRegister(self._saves)
         self._exit = ExitWatch(self._close_at_exit)
         self._cuts.begin(self._session, self._exit)
@@ -86,19 +91,20 @@ class Checkpointer:
         if self._is_started:
             raise ConfigError("restore() must come before the first step")
         try:
-            self._restored = restore_agreed(self.storage, self.seat, tag=tag)
+            restored = restore_agreed(self.origin, self.seat, tag=tag)
         except LeavingError:
             self._leave("before the first step")
         except SpotSpeedError:
             # What is in the engine now is no state of the run: nothing of it may be saved.
             self._detach()
             raise
+        self._restored = restored if self.origin is self.storage else None
         self._session.record_restored(self._restored)
         self._has_restored = True
-        if self._restored is not None:
+        if restored is not None:
             loader_guard.hold()
         self._start()
-        return self._restored
+        return restored
 
     def batches(self, *, epochs: int | None = 1) -> Iterator[Any]:
         """Micro-batches of the loader given to `attach`, from where the training stands.
@@ -298,9 +304,6 @@ class Checkpointer:
         """Whether every rank saves at this step of its own accord."""
         every, first = self.config.interval.steps, self._restored.step if self._restored else 0
         return every is not None and step > first and step % every == 0
-
-    def hurry(self) -> None:
-        self._small.late.hurry()
 
     def standing(self) -> Standing | None:
         """The checkpoint that was restored, which holds exactly its step."""

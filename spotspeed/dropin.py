@@ -199,7 +199,8 @@ def _agree(checkpointer: Checkpointer, request: Request) -> tuple[dict[str, Any]
             error, text = type(refusal).__name__, str(refusal)
     mine = {"tag": request.tag, "folder": request.folder, "error": error, "text": text,
             "step": int(checkpointer.engine.global_steps)}  # fmt: skip
-    answers = share_all(checkpointer.exchange, "save-as", mine)
+    with checkpointer.passing.asking():
+        answers = share_all(checkpointer.exchange, "save-as", mine)
     if answers[0]["error"]:
         raise Verdict(0, answers[0]["error"], "").kind(answers[0]["text"])
     steps = [answer["step"] for answer in answers]

@@ -15,6 +15,8 @@ from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.staging.staged import StagedSave, StagingFacts
 
+IDLE_S = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class SaveProgress:
@@ -163,11 +165,14 @@ class SaveQueue:
     """Runs `begin` for each submitted save on one daemon thread, in order.
 
     `await_state(step, over)` returns when the state of a step is complete, which may take long, or
-    when the save is over.
+    when the save is over. `on_idle()` is called every `IDLE_S` while there is nothing to do.
     """
 
-    def __init__(self, begin: Begin, await_state: Callable[[int, Future[Manifest]], None]) -> None:
-        self._begin, self._await_state = begin, await_state
+    def __init__(
+        self, begin: Begin, await_state: Callable[[int, Future[Manifest]], None],
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._begin, self._await_state, self._on_idle = begin, await_state, on_idle
         self._jobs: queue.SimpleQueue[SaveHandle | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._handles: list[SaveHandle] = []
@@ -213,7 +218,14 @@ class SaveQueue:
         self._jobs.put(None)
 
     def _run(self) -> None:
-        while (handle := self._jobs.get()) is not None:
+        while True:
+            try:
+                handle = self._jobs.get(timeout=IDLE_S)
+            except queue.Empty:
+                self._on_idle()
+                continue
+            if handle is None:
+                return
             self._await_state(handle.step, handle.upload_completion)
             handle._begin(self._begin)
 

@@ -59,12 +59,14 @@ class StepHooks(Protocol):
 class Binding:
     """The tie between one engine and its hooks; the engine owns it, nothing global does."""
 
-    __slots__ = ("hooks", "watches_forward")
+    __slots__ = ("forwards", "hooks", "watches_forward")
 
     def __init__(self, hooks: StepHooks) -> None:
         self.hooks = hooks
         self.watches_forward = False
         """Set from any thread: whether the next forwards call `before_forward`."""
+        self.forwards = 0
+        """Forwards in training mode that have begun since."""
 
 
 _KEY = "_spotspeed_binding"
@@ -125,6 +127,12 @@ def binding_of(engine: Any) -> Binding | None:
     """The engine's binding, or None."""
     binding: Binding | None = vars(engine).get(_KEY)
     return binding
+
+
+def forwards_of(engine: Any) -> int:
+    """How many training forwards `engine` has begun since it was bound; 0 when it is not."""
+    binding = binding_of(engine)
+    return 0 if binding is None else binding.forwards
 
 
 def on_new_engine(callback: Callable[[Any], None]) -> Callable[[], None]:
@@ -191,8 +199,10 @@ def _wrap_update(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         binding = self.__dict__.get(_KEY)
-        if binding is not None and binding.watches_forward and not _runs_batches(self):
-            binding.hooks.before_forward(self)
+        if binding is not None:
+            binding.forwards += bool(getattr(getattr(self, "module", None), "training", True))
+            if binding.watches_forward and not _runs_batches(self):
+                binding.hooks.before_forward(self)
         return original(self, *args, **kwargs)
 
     return forward

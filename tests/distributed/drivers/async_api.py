@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from engines import RANK, WORLD_SIZE, main, make, raises, train
 
 import spotspeed
 from spotspeed import events
+from spotspeed.checkpoint import passing, queue
 from spotspeed.errors import (
     CaptureError,
     ConfigError,
@@ -176,6 +178,26 @@ def check_ranks_that_disagree_are_told() -> None:
     raises(CoordinationError, lambda: spotspeed.async_save(engine, FOLDER / "no", "same"))
     engine.global_steps -= RANK
     spotspeed.save(engine, FOLDER / "no", "same")
+    engine.destroy()
+
+
+def check_a_save_that_some_ranks_ask_for_alone_is_an_error_and_training_goes_on() -> None:
+    if WORLD_SIZE == 1:
+        return
+    queue.IDLE_S, passing.PATIENCE_S = 0.1, 0.5
+    engine, path = make(1), FOLDER / "alone"
+    spotspeed.save(engine, path)
+    for alone in (0, 1):
+        if alone == RANK:
+            error = raises(CoordinationError, lambda: spotspeed.async_save(engine, path))
+            assert f"ranks [{1 - alone}]" in str(error) and "past it" in str(error), error
+        train(engine, 1)
+        spotspeed.save(engine, path)
+    if RANK == 1:  # Slow, but it will come: it does when the other has asked who is missing.
+        while not list((path / "asking").glob("*")):
+            time.sleep(0.01)
+    spotspeed.async_save(engine, path, "late").wait(60)
+    assert spotspeed.load(engine, path, "late").step == 2
     engine.destroy()
 
 
