@@ -24,8 +24,14 @@ def live_pieces(layout: Layout) -> Iterator[Piece]:
         rule = rule_for(optimizer, partition.hyper)
         state = optimizer.state.get(partition.master) or {}
         owner = partition.slots[0].name if partition.slots else "(padding)"
-        elementwise, scalars = split_state(state, rule, partition.master, owner)
+        shapes = {key: torch.Size([own.count]) for key, own in partition.own.items()}
+        elementwise, scalars = split_state(state, rule, partition.master, owner, shapes)
         master = flat_elements(partition.master)
+        for key, own in partition.own.items():
+            made = elementwise.pop(key, None)
+            if made is not None and own.is_made:
+                for slot in own.held:
+                    yield slot_piece(partition, slot, key, made)
         for slot in partition.slots:
             yield slot_piece(partition, slot, KIND_MASTER, master)
             for key, tensor in elementwise.items():
@@ -62,8 +68,9 @@ def expected_bytes(layout: Layout, *, but: Container[str] = ()) -> int:
         state = optimizer.state.get(partition.master) or {}
         item_bytes = partition.master.element_size()
         for key in rule.elementwise:
-            present = state.get(key)
-            dtype = state_dtype(partition.master, optimizer) if present is None else present.dtype
+            present, own = state.get(key), partition.own.get(key)
+            later = state_dtype(partition.master, optimizer) if own is None else own.dtype
+            dtype = later if present is None else present.dtype
             item_bytes += dtype.itemsize
         for slot in (slot for slot in partition.slots if slot.name not in but):
             share = slot.interval.split(partition.replica_count, partition.replica_index)

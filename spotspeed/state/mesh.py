@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepspeed import comm
+from deepspeed.moe.layer import MoE
 
 from spotspeed.errors import FormatError, InvalidLayoutError
 from spotspeed.state.parameters import ParameterNames, replica_of, shape_of
@@ -143,23 +144,27 @@ def _coordinates(engine: Any) -> list[tuple[str, int]]:
     return found + [(f"{EXPERT}-{size}", rank) for size, rank in _expert_places(engine)]
 
 
-def _expert_places(engine: Any) -> list[tuple[int, int]]:
-    """(size, this rank's index) of each group that divides experts, smallest first."""
+def _expert_groups(engine: Any) -> list[str]:
+    """The groups of ranks that divide the experts of this engine (DeepSpeed knows all engines')."""
     if not getattr(engine, "has_moe_layers", False):
         return []
-    groups = (replica_of(group) for group in engine.expert_parallel_group.values())
+    modules = engine.module.modules()
+    return sorted({module.expert_group_name for module in modules if isinstance(module, MoE)})
+
+
+def _expert_places(engine: Any) -> list[tuple[int, int]]:
+    """(size, this rank's index) of each group that divides experts, smallest first."""
+    groups = (replica_of(engine.expert_parallel_group[name]) for name in _expert_groups(engine))
     return sorted((size, rank) for rank, size in groups if size > 1)
 
 
 def _replica(engine: Any) -> int:
     """This rank's number among those with the same part."""
-    rank, _ = replica_of(engine.seq_data_parallel_group)
     places = _expert_places(engine)
     if not places:
-        return rank
-    largest = places[-1][0]
-    group = engine.expert_data_parallel_group[f"ep_size_{largest}"]
-    return replica_of(group)[0]
+        return replica_of(engine.seq_data_parallel_group)[0]
+    largest = f"ep_size_{places[-1][0]}"
+    return replica_of(engine.expert_data_parallel_group[largest])[0]
 
 
 def _in_words(degrees: Any) -> str:

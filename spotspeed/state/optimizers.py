@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ _TORCH: dict[str, Callable[[Mapping[str, Any]], Rule]] = {
     "Adagrad": _always("sum", is_eager=True),
     "Adadelta": _always("square_avg", "acc_delta"),
     "Adamax": _always("exp_avg", "exp_inf"),
+    "Muon": _always("momentum_buffer", scalars=()),
     "NAdam": _always("exp_avg", "exp_avg_sq", scalars=("step", "mu_product")),
     "RAdam": _always("exp_avg", "exp_avg_sq"),
     "RMSprop": _rmsprop,
@@ -79,6 +81,8 @@ _DEEPSPEED: dict[str, Callable[[Mapping[str, Any]], Rule]] = {
 def rule_for(optimizer: Any, hyper: Mapping[str, Any]) -> Rule:
     """The rule of an optimizer's class; raises UnsupportedLayoutError for an unknown class."""
     kind = type(optimizer)
+    if kind.__name__ == "MuonWithAuxAdam":
+        return _muon(optimizer, hyper)
     table = {"torch": _TORCH, "deepspeed": _DEEPSPEED}.get(kind.__module__.split(".")[0], {})
     if kind.__name__ not in table:
         raise UnsupportedLayoutError(
@@ -88,27 +92,41 @@ def rule_for(optimizer: Any, hyper: Mapping[str, Any]) -> Rule:
     return table[kind.__name__](hyper)
 
 
+def _muon(optimizer: Any, hyper: Mapping[str, Any]) -> Rule:
+    """DeepSpeed's Muon: momentum for matrices, another optimizer's state for the other groups."""
+    if hyper.get("use_muon"):
+        return Rule(("momentum_buffer",))
+    if optimizer.aux_optimizer is not None:
+        return rule_for(optimizer.aux_optimizer, hyper)
+    return Rule(("exp_avg", "exp_avg_sq"), ("step",), scalars_are_numbers=True)
+
+
 def split_state(
-    state: Mapping[str, Any], rule: Rule, master: torch.Tensor, owner: str
+    state: Mapping[str, Any],
+    rule: Rule,
+    master: torch.Tensor,
+    owner: str,
+    own_shapes: Mapping[str, torch.Size] = MappingProxyType({}),
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The live state of one master as (elementwise, scalars), both as 1-D tensors.
 
-    `owner` names the master in errors. Raises CaptureError for a key that the rule does not have,
-    or a value that does not fit it.
+    `owner` names the master in errors; `own_shapes` are those of keys that are not shaped like it.
+    Raises CaptureError for a key that the rule does not have, or a value that does not fit it.
     """
     elementwise: dict[str, torch.Tensor] = {}
     scalars: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         if value is None or str(key).endswith(OFFLOAD_SUFFIX):
             continue
-        if key in rule.elementwise and torch.is_tensor(value) and value.shape == master.shape:
+        shape = own_shapes.get(key, master.shape)
+        if key in rule.elementwise and torch.is_tensor(value) and value.shape == shape:
             elementwise[key] = flat_elements(value)
         elif key in rule.scalars:
             scalars[key] = _scalar(value, f"{key}:{owner}")
         else:
             raise CaptureError(
                 f"{key}:{owner}: the optimizer's state holds {_describe(value)}; only "
-                f"{', '.join(rule.elementwise)} of shape {tuple(master.shape)} and the numbers "
+                f"{', '.join(rule.elementwise)} of shape {tuple(shape)} and the numbers "
                 f"{', '.join(rule.scalars) or '(none)'} are known for it"
             )
     return elementwise, scalars

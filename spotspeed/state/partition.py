@@ -9,7 +9,7 @@ updates.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -33,11 +33,27 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnState:
+    """An optimizer state tensor of `count` elements that is not laid out like its master.
+
+    `held` is what this rank stores of it and `needed` all that it has to be given: a rank may keep
+    more than its part. `is_made` is false while the ranks are still making it, in the first step.
+    """
+
+    dtype: torch.dtype
+    count: int
+    held: tuple[Slot, ...]
+    needed: tuple[Slot, ...]
+    is_made: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Partition:
     """One master tensor, equal on all of `replica_count` replicas.
 
     `names` are the parameters whose elements the partitions of this kind hold on all ranks
-    together, also when this rank holds none of them; `hyper` is the optimizer's param_group.
+    together, also when this rank holds none of them; `hyper` is the optimizer's param_group;
+    `own` is the state, by kind, that has a layout of its own.
     """
 
     master: torch.Tensor
@@ -46,6 +62,7 @@ class Partition:
     hyper: Mapping[str, Any]
     replica_index: int = 0
     replica_count: int = 1
+    own: Mapping[str, OwnState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,8 @@ def _unsupported(engine: Any) -> Iterable[str]:
         yield "SuperOffload (it updates during backward)"
     if "onebit" in names or "zeroone" in names:
         yield f"{type(inner).__name__} (1-bit state is local to each rank)"
-    if "muon" in names:
-        yield "Muon (its momentum has another layout than its master)"
+    if "muon" in names and getattr(optimizer, "save_muon_momentum_buffer_in_memory", False):
+        yield "Muon with save_muon_momentum_buffer_in_memory"
     if getattr(compile_config, "deepcompile", False) and compile_config.offload_opt_states:
         yield "DeepCompile's offload_opt_states (it moves the state during forward)"
     if any(hasattr(parameter, "ds_optim_param") for parameter in engine.module.parameters()):

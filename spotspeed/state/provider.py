@@ -144,8 +144,7 @@ class EngineState:
         self._names = ParameterNames(engine)
         self._restore: Restore | None = None
         self._master_dtype: str | None = None
-        trained = frozenset(name for item in layout.partitions() for name in item.names)
-        self._mesh = mesh_of(engine, trained)
+        self._mesh = mesh_of(engine, self._trained(layout.group_names()))
         for group in layout.optimizer.param_groups:
             rule_for(layout.optimizer, group)
 
@@ -210,7 +209,7 @@ class EngineState:
 
     def describe(self) -> dict[str, Any]:
         groups = self.group_names()
-        trained = {name for group in groups for name in group}
+        trained = self._trained(groups)
         if self._master_dtype is None and trained:
             self._master_dtype = dtype_name(self._layout.partitions()[0].master)
         return {
@@ -221,7 +220,7 @@ class EngineState:
             "master_dtype": self._master_dtype,
             "parameters": {
                 **self._mesh.parameters,
-                **describe_parameters(self._names, frozenset(trained)),
+                **describe_parameters(self._names, trained),
             },
             "mesh": self._mesh.describe(),
             "groups": groups,
@@ -240,6 +239,12 @@ class EngineState:
 
     def group_names(self) -> list[list[str]]:
         return self._layout.group_names()
+
+    def _trained(self, groups: list[list[str]]) -> frozenset[str]:
+        """The parameters in the groups that the optimizer does update."""
+        kept = {resident.name for resident in self._layout.residents()}
+        empty = {name for name, parameter in self._names if not count_of(parameter)}
+        return frozenset(name for group in groups for name in group) - kept - empty
 
     def _writes(self, piece: Piece) -> bool:
         """Whether this rank stores its share: tied weights are stored by one stage."""

@@ -109,9 +109,15 @@ class Restore:
             return
         rule, state = rule_for(optimizer, partition.hyper), optimizer.state[partition.master]
         for kind in rule.elementwise:
-            if state.get(kind) is None:
+            own = partition.own.get(kind)
+            if own is not None and not own.count:
+                continue
+            if state.get(kind) is None and own is not None:
+                device = partition.master.device
+                state[kind] = torch.zeros(own.count, dtype=own.dtype, device=device)
+            elif state.get(kind) is None:
                 state[kind] = empty_like(partition.master, optimizer)
-            for slot in partition.slots:
+            for slot in partition.slots if own is None else own.needed:
                 if kind in kinds.get(slot.name, ()):
                     self._add(kind, slot, state[kind])
                 else:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+import torch
 from deepspeed.runtime.utils import all_gather_dp_groups
 
 from spotspeed.core.interval import Interval
 from spotspeed.state.flat import GroupLayout, flat_slots, names_by_group, relink_fragments
-from spotspeed.state.parameters import ParameterNames, replica_of, replicated_residents
-from spotspeed.state.partition import Partition, Resident
+from spotspeed.state.parameters import (
+    ParameterNames,
+    replica_of,
+    replicated_residents,
+    shape_of,
+)
+from spotspeed.state.partition import OwnState, Partition, Resident, Slot
 from spotspeed.state.probe import check_geometry, require
 
 
@@ -53,7 +60,10 @@ class Zero12Layout:
                 for parameter, meta, offset in self._parameters(index)
             ]
             names = tuple(name for name, *_ in parameters)
-            found.append(Partition(master, flat_slots(parameters, owned), names, hyper.of(master)))
+            slots = flat_slots(parameters, owned)
+            group = hyper.of(master)
+            own = self._momentum(index, slots) if group.get("use_muon") else {}
+            found.append(Partition(master, slots, names, group, own=own))
         return found
 
     def residents(self) -> list[Resident]:
@@ -89,6 +99,35 @@ class Zero12Layout:
             metas = parameters
             offsets = [0, *accumulate(parameter.numel() for parameter in parameters)][:-1]
         return list(zip(parameters, metas, offsets, strict=True))
+
+    def _momentum(self, index: int, slots: tuple[Slot, ...]) -> dict[str, OwnState]:
+        """Muon's momentum: whole parameters end to end, in the dtype of their gradients.
+
+        A parameter that lies in two partitions has its momentum in both. With CPU offload the
+        momentum is laid out like the master.
+        """
+        zero = self._zero
+        if zero.cpu_offload:
+            return {}
+        wholes, offset, dtype = [], 0, None
+        for parameter in zero.params_in_partition[index]:
+            interval = Interval(0, parameter.numel())
+            wholes.append(Slot(self._names.of(parameter), shape_of(parameter), interval, offset))
+            offset += parameter.numel()
+            dtype = parameter.dtype
+        if getattr(zero, "use_grad_accum_attribute", False):
+            dtype = zero.gradient_accumulation_dtype
+        starts = {whole.name: whole.offset for whole in wholes}
+        held = tuple(
+            replace(slot, offset=starts[slot.name] + slot.interval.start, weight=None)
+            for slot in slots
+        )
+        is_made = int(self._engine.global_steps) > 0
+        return {
+            "momentum_buffer": OwnState(
+                dtype or torch.float32, offset, held, tuple(wholes), is_made
+            )
+        }  # fmt: skip
 
     def _padding(self, index: int) -> int:
         """Elements of this rank's partition of a group that belong to no parameter."""

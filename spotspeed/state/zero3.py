@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from spotspeed.core.interval import Interval
 from spotspeed.errors import CaptureError
 from spotspeed.state.parameters import ParameterNames, count_of, replica_of, shape_of
-from spotspeed.state.partition import Partition, Resident, Slot
+from spotspeed.state.partition import OwnState, Partition, Resident, Slot
 from spotspeed.state.probe import check_geometry, require
 
 
@@ -48,7 +50,8 @@ class Zero3Layout:
                     slots.append(Slot(name, shape, interval, offset, weight))
                 offset += int(parameter.partition_numel())
             names = tuple(self._names.of(parameter) for parameter in self._zero.fp16_groups[index])
-            found.append(Partition(master, tuple(slots), names, self._hyper(index)))
+            own = self._momentum(index, master, tuple(slots))
+            found.append(Partition(master, tuple(slots), names, self._hyper(index), own=own))
         return found
 
     def residents(self) -> list[Resident]:
@@ -81,6 +84,15 @@ class Zero3Layout:
 
     def relink(self) -> None:
         """Nothing to do: DeepSpeed looks its ZeRO-3 state up at every access."""
+
+    def _momentum(
+        self, index: int, master: torch.Tensor, slots: tuple[Slot, ...]
+    ) -> dict[str, OwnState]:
+        """Muon's momentum: laid out like the master, in the dtype of the communication."""
+        if not self._hyper(index).get("use_muon"):
+            return {}
+        dtype = self._zero.communication_data_type
+        return {"momentum_buffer": OwnState(dtype, master.numel(), slots, slots)}
 
     def _group_of(self, sub_group: int) -> int:
         # DeepSpeed rebuilds Adagrad with one group for all; the ids still count the old ones.

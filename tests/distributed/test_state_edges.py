@@ -25,7 +25,6 @@ CHECKS = (
     "an_optimizer_state_that_is_not_known_is_named",
     "what_is_not_supported_is_refused_by_name",
     "secondary_shards_of_hpz_do_not_outlive_a_restore",
-    "pipeline_modules_are_refused",
 )
 
 

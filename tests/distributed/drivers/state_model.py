@@ -10,8 +10,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-GLOBAL_BATCH = 6
-"""Samples per step, whatever the number of ranks."""
+GLOBAL_BATCH = 12
+"""Samples per step, whatever the number of ranks (1 to 4)."""
 
 
 class Child(nn.Module):
@@ -30,9 +30,10 @@ class Child(nn.Module):
 class Tiny(nn.Module):
     """Tied, frozen, unused, 1-element and (where DeepSpeed allows it) empty parameters."""
 
-    def __init__(self, with_empty: bool) -> None:
+    def __init__(self, with_empty: bool, *, frozen_rows: int = 0) -> None:
         super().__init__()
         self.token = nn.Embedding(7, 6)
+        self.base = nn.Linear(6, frozen_rows, bias=False) if frozen_rows else None
         self.first = nn.Linear(6, 11)
         self.frozen = nn.Linear(11, 5)
         self.second = nn.Linear(5, 6)
@@ -41,11 +42,15 @@ class Tiny(nn.Module):
         self.unused = nn.Parameter(torch.full((3,), 0.25))
         self.head = nn.Linear(6, 7, bias=False)
         self.head.weight = self.token.weight
-        for parameter in self.frozen.parameters():
-            parameter.requires_grad_(False)
+        for module in (self.frozen, self.base):
+            for parameter in () if module is None else module.parameters():
+                parameter.requires_grad_(False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.first(self.token(tokens)))
+        x = self.token(tokens)
+        if self.base is not None:
+            x = x + self.base(x).mean(-1, keepdim=True)
+        x = torch.tanh(self.first(x))
         x = self.second(torch.tanh(self.frozen(x))) * self.one
         logits = self.head(self.child(x)).float()
         return nn.functional.cross_entropy(logits, (tokens + 1) % 7)
@@ -60,6 +65,8 @@ class Case:
     optimizer: str = "adamw"
     is_grouped: bool = True
     with_empty: bool = True
+    frozen_rows: int = 0
+    """Rows of 6 of a frozen weight: 5000 of them are 99 % of the model."""
     needs: str | None = None
     """The DeepSpeed operator that has to be built, if any."""
 
@@ -122,7 +129,52 @@ def _cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def _full_cases() -> list[Case]:
+    """What only the full matrix trains."""
+    three = {"with_empty": False}
+    host3 = _zero(3, offload_optimizer=HOST, offload_param=HOST, **SMALL3)
+    host1 = _zero(1, offload_optimizer=HOST)
+    host2 = _zero(2, offload_optimizer=HOST)
+    return [
+        Case("z1-host", {**host1, **BF16}),
+        Case("z1-cpuadam", {**host1, **BF16}, "cpuadam", needs="cpu_adam"),
+        Case("z2-host-rr", {**_zero(2, offload_optimizer=HOST, round_robin_gradients=True)}),
+        Case("z3-host-cpuadam", {**host3, **BF16}, "cpuadam", needs="cpu_adam", **three),
+        Case("z2-cpulion", {**host2, **BF16}, "cpulion", needs="cpu_lion"),
+        Case("z3-cpulion", {**host3, **BF16}, "cpulion", needs="cpu_lion", **three),
+        Case("z2-cpuadagrad", {**host2, **BF16}, "cpuadagrad", needs="cpu_adagrad",
+             is_grouped=False),
+        Case("z3-cpuadagrad", {**host3, **BF16}, "cpuadagrad", needs="cpu_adagrad",
+             is_grouped=False, **three),
+        Case("z1-rr", {**_zero(1, round_robin_gradients=True), **BF16}),
+        *_muon_cases(),
+        Case("z2-lora", {**_zero(2), **BF16}, frozen_rows=5000),
+        Case("z3-lora", {**_zero(3, **SMALL3), **BF16}, frozen_rows=5000, **three),
+    ]  # fmt: skip
+
+
+def _muon_cases() -> list[Case]:
+    """Muon for the matrices that DeepSpeed chooses; it refuses reduce_scatter and empty groups."""
+    whole = {"reduce_scatter": False}
+    three = {"with_empty": False}
+    return [
+        Case("s0-muon", {**_zero(0)}, "muon", **three),
+        Case("z1-muon", {**_zero(1, **whole), **BF16, "data_types": {"grad_accum_dtype": "bf16"}},
+             "muon", **three),
+        Case("muon-bf16opt", {**_zero(1, **whole), **BF16,
+                              "data_types": {"grad_accum_dtype": "fp32"}}, "muon", **three),
+        Case("z2-muon", {**_zero(2, **whole), **BF16}, "muon", **three),
+        Case("z2-muon-fp32", _zero(2, **whole), "muon", **three),
+        Case("z2-muon-rr", {**_zero(2, **whole, round_robin_gradients=True), **BF16}, "muon", **three),
+        Case("z2-muon-host", {**_zero(2, **whole, offload_optimizer=HOST), **BF16}, "muon", **three),
+        Case("z3-muon", {**_zero(3, **whole, **SMALL3), **BF16}, "muon", **three),
+        Case("z3-muon-host", {**_zero(3, **whole, **SMALL3, offload_optimizer=HOST), **BF16},
+             "muon", **three),
+    ]  # fmt: skip
+
+
 CASES: dict[str, Case] = {case.name: case for case in _cases()}
+FULL_CASES: dict[str, Case] = CASES | {case.name: case for case in _full_cases()}
 
 
 def build(case: Case, *, seed: int = 11) -> Any:
@@ -130,26 +182,34 @@ def build(case: Case, *, seed: int = 11) -> Any:
     get_accelerator().is_fp16_supported = lambda: True
     ranks = deepspeed.comm.get_world_size()
     torch.manual_seed(seed)
-    model = Tiny(case.with_empty)
+    model = Tiny(case.with_empty, frozen_rows=case.frozen_rows)
     config = {
         "train_batch_size": GLOBAL_BATCH, "train_micro_batch_size_per_gpu": GLOBAL_BATCH // ranks,
         "gradient_clipping": 1.0, "steps_per_print": 10**9, **case.config,
     }  # fmt: skip
+    optimizer, groups = _optimizer(case, model), None
+    if case.optimizer == "muon":
+        config |= {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "torch_adam": True}}}
+        groups = _groups(model)
     engine, _, _, _ = deepspeed.initialize(
-        model=model, optimizer=_optimizer(case, model), config=config
+        model=model, optimizer=optimizer, model_parameters=groups, config=config
     )
     return engine
 
 
-def _optimizer(case: Case, model: Tiny) -> Any:
+def _groups(model: Tiny) -> list[dict[str, Any]]:
     decayed = [model.token.weight, model.first.weight, model.frozen.weight, model.second.weight]
     others = [model.first.bias, model.second.bias, model.frozen.bias, *model.child.parameters(),
               model.unused]  # fmt: skip
-    groups: list[dict[str, Any]] = [
+    return [
         {"params": decayed, "lr": 2e-2, "weight_decay": 0.1},
         {"params": others, "lr": 1e-2, "weight_decay": 0.0},
         {"params": [model.one], "lr": 3e-2, "weight_decay": 0.0},
     ]
+
+
+def _optimizer(case: Case, model: Tiny) -> Any:
+    groups = _groups(model)
     if not case.is_grouped:
         groups = [{"params": [parameter for group in groups for parameter in group["params"]]}]
     match case.optimizer:
@@ -161,6 +221,16 @@ def _optimizer(case: Case, model: Tiny) -> Any:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(groups)
+        case "muon":
+            return None
+        case "cpulion":
+            from deepspeed.ops.lion import DeepSpeedCPULion
+
+            return DeepSpeedCPULion(groups)
+        case "cpuadagrad":
+            from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+
+            return DeepSpeedCPUAdagrad(groups)
         case "fused":
             from deepspeed.ops.adam import FusedAdam
 

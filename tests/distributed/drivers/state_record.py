@@ -14,7 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from state_model import CASES, Case, build, train
+from state_model import FULL_CASES, Case, build, train
 from state_snapshot import Snapshot, snapshot
 
 from spotspeed.state.provider import provider_for
@@ -65,7 +65,7 @@ def main() -> None:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed(dist_backend="gloo")
     gc.freeze()  # ZeRO-3 collects garbage as it starts; what is imported is none.
-    results = {name: record(CASES[name]) for name in names}
+    results = {name: record(FULL_CASES[name]) for name in names}
     if deepspeed.comm.get_rank() == 0:
         torch.save(results, out / f"w{deepspeed.comm.get_world_size()}.pt")
     deepspeed.comm.barrier()

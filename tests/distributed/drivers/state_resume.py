@@ -15,8 +15,8 @@ from typing import Any
 
 import deepspeed
 import torch
-from state_model import CASES, build, train
-from state_record import STEPS
+from state_model import FULL_CASES, build, train
+from state_record import STEPS, compare
 from state_snapshot import Snapshot, restore, snapshot
 
 from spotspeed.errors import ReshardError
@@ -24,7 +24,7 @@ from spotspeed.state.provider import provider_for
 
 
 def resume(state: Snapshot, target: str, moment: str, way: str) -> dict[str, Any]:
-    engine = build(CASES[target], seed=99)
+    engine = build(FULL_CASES[target], seed=99)
     if way == "used":
         train(engine, 2)
     provider = provider_for(engine)
@@ -35,8 +35,10 @@ def resume(state: Snapshot, target: str, moment: str, way: str) -> dict[str, Any
         return {"error": f"{type(error).__name__}: {error}"}
     engine.global_steps = 0 if moment == "start" else STEPS
     restored = snapshot(provider)
+    independent = compare(engine, FULL_CASES[target], restored) if way == "fresh" else (0, [])
     losses = train(engine, STEPS)
-    result = {"restored": restored, "losses": losses, "end": snapshot(provider)}
+    result = {"restored": restored, "losses": losses, "end": snapshot(provider),
+              "independent": independent}  # fmt: skip
     engine.destroy()
     return result
 
