@@ -49,8 +49,7 @@ class Checkpointer:
                  state: Mapping[str, Stateful] | None = None, is_implicit: bool = False,
                  ) -> None:  # fmt: skip
         """`is_implicit`: nobody attached it, so nothing is saved that was not asked for."""
-        self.engine, self.config, self.loader = engine, config, loader
-        self.is_implicit = is_implicit
+        self.engine, self.config, self.loader, self.is_implicit = engine, config, loader, is_implicit
         self.rank, self.world_size = rank_of(engine), world_size_of(engine)
         self._provider = provider_for(engine)
         self._small = SmallState(engine, self._provider.group_names, late=LateState(state))
@@ -75,9 +74,9 @@ class Checkpointer:
         self._small.record()
         record = self._small.snapshot(int(engine.global_steps))
         self._session.stager.reserve(share_bytes(self._provider, self._small, record))
-        events.emit(events.Attached(self._session.storage.url, self._session.epoch, self.rank,
-                                    self.world_size, self._provider.name))  # fmt: skip
-        tell(attached=self.rank, epoch=self._session.epoch, path=self._session.storage.url)
+        url, epoch = self.storage.url, self._session.epoch
+        events.emit(events.Attached(url, epoch, self.rank, self.world_size, self._provider.name))
+        tell(attached=self.rank, epoch=epoch, path=url)
 
     # What users call.
 
