@@ -238,7 +238,7 @@ def test_a_crash_at_any_instant_breaks_no_promise(workplace: Path) -> None:
 @pytest.mark.full
 def test_a_hundred_thousand_crash_states_break_no_promise(workplace: Path) -> None:
     states = 0
-    for scenario, per_point in ((train_and_restart, 420), (race_at_every_fsync, 250)):
+    for scenario, per_point in ((train_and_restart, 1500), (race_at_every_fsync, 1500)):
         place = workplace / scenario.__name__
         place.mkdir()
         findings, _ = explore(scenario, place, per_point=per_point)
