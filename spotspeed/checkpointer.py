@@ -49,7 +49,7 @@ class Checkpointer:
                  state: Mapping[str, Stateful] | None = None, is_implicit: bool = False,
                  ) -> None:  # fmt: skip
         """`is_implicit`: nobody attached it, so nothing is saved that was not asked for."""
-        self.engine, self.config, self.loader, self.is_implicit = engine, config, loader, is_implicit
+        self.engine, self.config, self.loader = engine, config, loader
         self.rank, self.world_size = rank_of(engine), world_size_of(engine)
         self._provider = provider_for(engine)
         self._small = SmallState(engine, self._provider.group_names, late=LateState(state))
@@ -57,7 +57,7 @@ class Checkpointer:
         self._restored: Restored | None = None
         self._has_restored = self._is_started = self._is_closed = False
         self._lost = ""  # Why there is no state to train or save, if so.
-        self._save_began = time.monotonic()
+        self.is_implicit, self._save_began = is_implicit, time.monotonic()
         self._cuts = Interruption(self, config, self.rank)
         self._session = open_session(config, self.rank, self.world_size, listener=self._cuts)
         self.storage: Storage = self._session.storage
