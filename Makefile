@@ -65,8 +65,8 @@ tidy: venv
 bench: venv prewarm
 	@for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file"; done
 
-# First the cut rule in a million schedules, both machines in lockstep. Then rounds: each has seeds of
-# its own, printed first, so that what fails can be run again.
+# First the cut rule in a million schedules, both machines in lockstep. Then rounds, each with seeds
+# of its own, printed first, so that what fails can be run again.
 soak: venv stores prewarm
 	@seed=$$RANDOM; echo "soak: $(SOAK_SCHEDULES) schedules, --hypothesis-seed=$$seed"; \
 	SPOTSPEED_SCHEDULES=$(SOAK_SCHEDULES) $(PYTHON) -m pytest -q -x -p no:cacheprovider \

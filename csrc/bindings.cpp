@@ -25,6 +25,7 @@
 namespace py = pybind11;
 using namespace spotspeed;
 
+void bind_control(py::module_& module);
 void bind_cut(py::module_& module);
 
 namespace {
@@ -314,4 +315,5 @@ PYBIND11_MODULE(_native, module) {
   bind_pack(module);
   bind_device(module);
   bind_cut(module);
+  bind_control(module);
 }

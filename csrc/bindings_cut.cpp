@@ -1,12 +1,10 @@
 // The cut machine in Python: messages are bytes of the wire, actions are tuples of their fields.
 //
 // An action is (name, field, ...), a Send is ("Send", to, bytes); values inside are tuples, too.
-// spotspeed/core/cut_native.py gives them their types back.
+// spotspeed/core/cut_tuples.py gives them their types back.
 #include <string>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "bindings_fields.h"
 #include "cut.h"
 
 namespace py = pybind11;
@@ -14,39 +12,10 @@ using namespace spotspeed;
 
 namespace {
 
-py::object to_python(std::int64_t value) { return py::int_(value); }
-py::object to_python(bool value) { return py::bool_(value); }
-py::object to_python(double value) { return py::float_(value); }
-py::object to_python(const std::string& value) { return py::str(value); }
-py::object to_python(const cut::Blob& value) { return py::bytes(value.bytes); }
-py::object to_python(const cut::Cut& value);
-template <typename T>
-py::object to_python(const std::optional<T>& value);
-
-template <typename T>
-py::object to_python(const std::vector<T>& values) {
-  py::tuple found(values.size());
-  for (std::size_t i = 0; i < values.size(); ++i) found[i] = to_python(values[i]);
-  return found;
-}
-
-template <typename T>
-py::object to_python(const std::optional<T>& value) {
-  return value ? to_python(*value) : py::none();
-}
-
-template <typename Struct>
-py::tuple fields_of(const Struct& value) {
-  return std::apply([](const auto&... field) { return py::make_tuple(to_python(field)...); },
-                    value.fields());
-}
-
-py::object to_python(const cut::Cut& value) { return fields_of(value); }
-
 constexpr const char* kActionNames[] = {"Send",     "Decided",  "Capture",   "Settled",
                                         "Departed", "PeerLost", "AllClosed", "Exchanged"};
 
-py::list to_python(const cut::Actions& actions) {
+py::list list_of(const cut::Actions& actions) {
   py::list found;
   for (const cut::Action& action : actions) {
     const char* name = kActionNames[action.index()];
@@ -107,32 +76,32 @@ void bind_cut(py::module_& module) {
       .def("notice",
            [](Machine& machine, int wish, cut::OptionalTime left, std::string source, double now) {
              if (wish < 1 || wish > 3) throw py::value_error("a wish is 1, 2 or 3");
-             return to_python(machine.notice(static_cast<cut::Wish>(wish), left,
+             return list_of(machine.notice(static_cast<cut::Wish>(wish), left,
                                              std::move(source), now));
            })
       .def("enter", &Machine::enter)
       .def("completed", [](Machine& m, std::int64_t position,
-                           double now) { return to_python(m.completed(position, now)); })
+                           double now) { return list_of(m.completed(position, now)); })
       .def("staged", [](Machine& m, std::int64_t round,
-                        double now) { return to_python(m.staged(round, now)); })
+                        double now) { return list_of(m.staged(round, now)); })
       .def("durable", [](Machine& m, std::int64_t round, cut::OptionalText digest,
-                         double now) { return to_python(m.durable(round, digest, now)); })
+                         double now) { return list_of(m.durable(round, digest, now)); })
       .def("failed", [](Machine& m, std::int64_t round, const std::string& why,
-                        double now) { return to_python(m.failed(round, why, now)); })
+                        double now) { return list_of(m.failed(round, why, now)); })
       .def("delivered", [](Machine& m, std::int64_t round,
-                           double now) { return to_python(m.delivered(round, now)); })
+                           double now) { return list_of(m.delivered(round, now)); })
       .def("gather",
            [](Machine& m, std::string label, const py::bytes& value, double now) {
              auto [serial, actions] = m.gather(std::move(label), {std::string(value)}, now);
-             return py::make_tuple(serial, to_python(actions));
+             return py::make_tuple(serial, list_of(actions));
            })
       .def("peer_down", [](Machine& m, std::int64_t rank, const std::string& why,
-                           double now) { return to_python(m.peer_down(rank, why, now)); })
-      .def("tick", [](Machine& m, double now) { return to_python(m.tick(now)); })
+                           double now) { return list_of(m.peer_down(rank, why, now)); })
+      .def("tick", [](Machine& m, double now) { return list_of(m.tick(now)); })
       .def("receive",
            [](Machine& m, std::int64_t sender, const std::string& data, double now) {
              const auto [term, message] = cut::decode(data);
-             return to_python(m.receive(sender, term, message, now));
+             return list_of(m.receive(sender, term, message, now));
            })
       .def("observe", &observe);
 }

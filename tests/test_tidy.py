@@ -33,9 +33,10 @@ FLOORS = {
     "errors": 0, "_native": 0, "__init__": 0,
 }  # fmt: skip
 ROOM_OF = {
-    "__main__": "cli", "cli_exchange": "cli", "cli_job": "cli", "launch": "run",
+    "__main__": "cli", "cli_certify": "cli", "cli_exchange": "cli", "cli_job": "cli",
+    "launch": "run",
     "interruption": "checkpointer", "attachment": "checkpointer", "children": "run",
-    "supervised": "exit",
+    "rehearsal": "checkpointer", "supervised": "exit",
     "doctor": "report", "api": "checkpointer", "dropin": "checkpointer",
 }  # fmt: skip
 """Modules beside the package's rooms, and the room each belongs to."""
@@ -243,13 +244,13 @@ def check_machine_paths(file: File) -> Iterator[Finding]:
 
 
 def check_native(file: File) -> Iterator[Finding]:
-    """Only bindings*.cpp know Python, and headers state what callers must know."""
+    """Only bindings* know Python, and headers state what callers must know."""
     if file.path.suffix not in NATIVE:
         return
-    if not (file.path.name.startswith("bindings") and file.path.suffix == ".cpp"):
+    if not (file.path.name.startswith("bindings")):
         for number, line in enumerate(file.lines, 1):
             if re.match(r"\s*#\s*include\s*[<\"](pybind11|Python\.h|torch)", line):
-                yield number, "Python outside bindings*.cpp"
+                yield number, "Python outside bindings*"
             if re.search(r"\b(std::)?(exit|abort|quick_exit)\s*\(", line) and "tests" not in str(
                 file.path
             ):

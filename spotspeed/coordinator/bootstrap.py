@@ -7,6 +7,7 @@ import os
 
 from spotspeed.coordinator.address import endpoint_of, open_listener
 from spotspeed.coordinator.local import LocalTransport
+from spotspeed.coordinator.native_transport import HAS_NATIVE, NativeTransport
 from spotspeed.coordinator.rendezvous import Rendezvous, find_rendezvous
 from spotspeed.coordinator.sockets import SocketTransport
 from spotspeed.coordinator.transport import Transport
@@ -21,18 +22,22 @@ def bootstrap(
     peer_timeout_s: float = 15.0,
     timeout_s: float = 120.0,
     rendezvous: Rendezvous | None = None,
+    is_native: bool = HAS_NATIVE,
 ) -> Transport:
     """A transport among all ranks, each connected with rank 0; every rank calls it, in step.
 
     `rank` and `world_size` are torch.distributed's. `rendezvous` None takes MPI where the job runs
-    under it, else the default process group's store; the choice is logged. Hand the transport to
-    its thread soon: a rank that does not call `handle` for `peer_timeout_s` is lost to the others.
+    under it, else the default process group's store; the choice is logged. Not `is_native`: the
+    transport and the control thread in Python, as where the extension was not built. Hand the
+    transport to its thread soon: a rank that does not call `handle` for `peer_timeout_s` is lost to
+    the others.
+
     Raises CoordinationError when a rank does not come within `timeout_s` (of each of two phases),
     PeerLostError when one is gone.
     """
     if world_size == 1:
         _logger.info("coordinator: one rank, no transport")
-        return LocalTransport()
+        return NativeTransport.of_one_rank() if is_native else LocalTransport()
     master_host = os.environ.get("MASTER_ADDR")
     listener = open_listener(master_host=master_host)
     try:
@@ -42,7 +47,7 @@ def bootstrap(
     except BaseException:
         listener.close()
         raise
-    transport = SocketTransport(
+    transport = (NativeTransport if is_native else SocketTransport)(
         rank=rank, secret=known.secret, listener=listener, endpoints=known.endpoints,
         peer_timeout_s=peer_timeout_s,
     )  # fmt: skip
@@ -52,7 +57,8 @@ def bootstrap(
         transport.close()
         raise
     _logger.info(
-        "coordinator: rank %d of %d, sockets at %s port %d, found through %s",
-        rank, world_size, ", ".join(own.hosts), own.port, meeting.name,
+        "coordinator: rank %d of %d, %s sockets at %s port %d, found through %s",
+        rank, world_size, "native" if is_native else "Python", ", ".join(own.hosts), own.port,
+        meeting.name,
     )  # fmt: skip
     return transport

@@ -72,6 +72,28 @@ class SignalListener:
             heard, self._pending = list(self._pending), {}
         return heard
 
+    def heard(self) -> list[int]:
+        """The signals that this listener hears."""
+        return [int(number) for number in self._signals if number not in self.unheard]
+
+    def tap(self) -> tuple[int, int] | None:
+        """Let another thread read the wakeup pipe, without Python, until `untap`.
+
+        (descriptor to read, descriptor to write all of that to, for `drain`); None when nothing is
+        heard or somebody else has tapped it.
+        """
+        return _wakeup.tap() if self.heard() else None
+
+    def untap(self) -> None:
+        """The thread that had tapped the pipe has ended."""
+        _wakeup.untap()
+
+    def follow(self, old: int, new: int) -> None:
+        """The pump reads another descriptor from now on."""
+        if self.heard() and not self._is_closed:
+            self._epoll.unregister(old)
+            self._epoll.register(new, select.EPOLLIN)
+
     def rearm(self) -> bool:
         """Take back what others took; cheap enough for every step.
 
@@ -127,6 +149,7 @@ class _Wakeup:
         self._natives: dict[int, int | None] = {}
         self._checked_s = 0.0
         self._read_fd = self._write_fd = -1
+        self._tapped: tuple[int, int] | None = None
         self._other: tuple[int, tuple[int, int]] | None = None
         self._masks = threading.local()
         abandon_on_fork(self)
@@ -135,7 +158,27 @@ class _Wakeup:
         )
 
     def fileno(self) -> int:
-        return self._read_fd
+        return self._tapped[0] if self._tapped else self._read_fd
+
+    def tap(self) -> tuple[int, int] | None:
+        with self._lock:
+            if self._tapped is not None or self._read_fd < 0:
+                return None
+            self._tapped = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            for listener in self._listeners:
+                listener.follow(self._read_fd, self._tapped[0])
+            return self._read_fd, self._tapped[1]
+
+    def untap(self) -> None:
+        self.pump()
+        with self._lock:
+            if self._tapped is None:
+                return
+            (old, written), self._tapped = self._tapped, None
+            for listener in self._listeners:
+                listener.follow(old, self._read_fd)
+            os.close(old)
+            os.close(written)
 
     def add(self, listener: SignalListener, signals: Iterable[signal.Signals]) -> dict[int, str]:
         if not _is_main_thread():
@@ -169,7 +212,7 @@ class _Wakeup:
         """Move what the native handler wrote to the listeners, and on to who was there before."""
         with self._lock:
             try:
-                numbers = os.read(self._read_fd, _READ_BYTES) if self._read_fd >= 0 else b""
+                numbers = os.read(self.fileno(), _READ_BYTES) if self._read_fd >= 0 else b""
             except BlockingIOError:
                 return
             other = self._living_other()
@@ -205,9 +248,10 @@ class _Wakeup:
             for number in self._previous:
                 if signal.getsignal(number) == self._on_signal:
                     signal.signal(number, signal.SIG_DFL)
-            os.close(self._read_fd)
-            os.close(self._write_fd)
+            for descriptor in (self._read_fd, self._write_fd, *(self._tapped or ())):
+                os.close(descriptor)
         self._read_fd = self._write_fd = -1
+        self._tapped = None
         self._other = None
         self._previous.clear()
         self._natives.clear()

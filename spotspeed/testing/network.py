@@ -10,12 +10,22 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from spotspeed.coordinator.address import Endpoint, network_namespace
+from spotspeed.coordinator.local import LocalTransport
+from spotspeed.coordinator.native_transport import NativeTransport
 from spotspeed.coordinator.rendezvous import Introduction
 from spotspeed.coordinator.sockets import SocketTransport
 from spotspeed.coordinator.transport import PeerDown, Received, Transport, TransportEvent
 from spotspeed.errors import CoordinationError
 
 SECRET = b"a secret of this test"
+KINDS: dict[str, tuple[type[SocketTransport] | type[NativeTransport], ...]] = {
+    "python": (SocketTransport,),
+    "native": (NativeTransport,),
+    "mixed": (SocketTransport, NativeTransport),
+}
+"""Transports of the ranks, in turn."""
+kind = "native"
+"""What `socket_network` makes; tests set it."""
 
 
 class Network:
@@ -74,12 +84,24 @@ def listeners(world_size: int) -> tuple[dict[int, socket.socket], dict[int, Endp
     return sockets, endpoints
 
 
+def transport_type(rank: int) -> type[SocketTransport] | type[NativeTransport]:
+    """What a rank of a network of this `kind` has."""
+    return KINDS[kind][rank % len(KINDS[kind])]
+
+
+def single_transport() -> Transport:
+    """The transport of a job of one rank, of this `kind`."""
+    if kind == "python":
+        return LocalTransport()
+    return NativeTransport.of_one_rank()
+
+
 @contextlib.contextmanager
 def socket_network(world_size: int, *, peer_timeout_s: float = 15.0) -> Iterator[Network]:
     """So many ranks connected over loopback, not yet connected with each other."""
     sockets, endpoints = listeners(world_size)
     network = Network({
-        rank: SocketTransport(
+        rank: transport_type(rank)(
             rank=rank, secret=SECRET, listener=sockets[rank], endpoints=endpoints,
             peer_timeout_s=peer_timeout_s,
         )

@@ -13,16 +13,40 @@ from contextlib import AbstractContextManager
 import pytest
 
 from spotspeed.coordinator.address import Endpoint
-from spotspeed.coordinator.local import LocalTransport
+from spotspeed.coordinator.native_transport import NativeTransport
 from spotspeed.coordinator.sockets import SocketTransport
-from spotspeed.coordinator.transport import MESSAGE_BYTES_MAX, QUEUE_BYTES_MAX, PeerDown
+from spotspeed.coordinator.transport import (
+    MESSAGE_BYTES_MAX,
+    QUEUE_BYTES_MAX,
+    PeerDown,
+    Transport,
+)
 from spotspeed.errors import CoordinationError, PeerLostError
-from spotspeed.testing.network import SECRET, Network, listeners, socket_network
+from spotspeed.testing import network as networks
+from spotspeed.testing.network import (
+    SECRET,
+    Network,
+    listeners,
+    single_transport,
+    socket_network,
+    transport_type,
+)
+
+
+@pytest.fixture(params=["python", "native", "mixed"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test here runs with the transport in Python, the native one, and both together."""
+    monkeypatch.setattr(networks, "kind", request.param)
+    return str(request.param)
+
+
+# Those that wait in real time need not wait for a mixture, too.
+of_one_kind = pytest.mark.parametrize("kind", ["python", "native"], indirect=True)
 
 
 @contextlib.contextmanager
 def local_network() -> Iterator[Network]:
-    transport = LocalTransport()
+    transport = single_transport()
     yield Network({0: transport})
     transport.close()
 
@@ -36,7 +60,7 @@ FACTORIES: dict[str, Callable[[], AbstractContextManager[Network]]] = {
 
 
 @pytest.fixture(params=FACTORIES)
-def network(request: pytest.FixtureRequest) -> Iterator[Network]:
+def network(request: pytest.FixtureRequest, kind: str) -> Iterator[Network]:
     with FACTORIES[request.param]() as made:
         yield made
 
@@ -116,6 +140,7 @@ def star(network: Network) -> None:
     network.run(lambda: all(network.payloads(0, rank) for rank in others))
 
 
+@of_one_kind
 def test_an_idle_network_stays_up_and_hardly_wakes() -> None:
     with socket_network(3, peer_timeout_s=0.5) as network:
         star(network)
@@ -146,9 +171,8 @@ def test_an_orderly_close_delivers_everything_first() -> None:
         assert network.downs(0) == [PeerDown(1, "closed its transport", is_orderly=True)]
 
 
-def iter_close(transport: object) -> Iterator[bool]:
+def iter_close(transport: Transport) -> Iterator[bool]:
     """Close on a thread of its own; yields True once that is done."""
-    assert isinstance(transport, SocketTransport)
     thread = threading.Thread(target=transport.close, kwargs={"drain_s": 20})
     thread.start()
     while thread.is_alive():
@@ -168,6 +192,7 @@ def test_what_is_sent_to_a_peer_that_closed_is_dropped() -> None:
         assert len(network.downs(0)) == 1
 
 
+@of_one_kind
 def test_a_silent_peer_is_down_after_the_timeout_and_not_before() -> None:
     with socket_network(2, peer_timeout_s=1.0) as network:
         star(network)
@@ -178,6 +203,7 @@ def test_a_silent_peer_is_down_after_the_timeout_and_not_before() -> None:
         assert not network.downs(0)[0].is_orderly
 
 
+@of_one_kind
 def test_ones_own_pause_is_not_held_against_the_others() -> None:
     with socket_network(3, peer_timeout_s=1.0) as network:
         star(network)
@@ -187,6 +213,7 @@ def test_ones_own_pause_is_not_held_against_the_others() -> None:
         assert not any(network.downs(rank) for rank in network.transports)
 
 
+@of_one_kind
 def test_a_pause_shorter_than_the_timeout_costs_nothing() -> None:
     with socket_network(2, peer_timeout_s=2.0) as network:
         star(network)
@@ -216,9 +243,10 @@ def test_a_rank_whose_process_is_gone_is_found_out_at_once() -> None:
         assert "cannot be reached at 127.0.0.1" in network.downs(0)[0].why
 
 
+@of_one_kind
 def test_a_rank_that_accepts_and_says_nothing_is_down_after_the_timeout() -> None:
     sockets, endpoints = listeners(2)
-    transport = SocketTransport(
+    transport = transport_type(0)(
         rank=0, secret=SECRET, listener=sockets[0], endpoints=endpoints, peer_timeout_s=1.0
     )
     network = Network({0: transport})
@@ -269,9 +297,9 @@ def test_the_survivors_of_rank_0_find_each_other() -> None:
 def test_establish_keeps_what_arrived_for_the_first_handle() -> None:
     with socket_network(3) as network:
         zero, one, two = (network.transports[rank] for rank in range(3))
-        assert isinstance(zero, SocketTransport)
-        assert isinstance(one, SocketTransport)
-        assert isinstance(two, SocketTransport)
+        assert isinstance(zero, SocketTransport | NativeTransport)
+        assert isinstance(one, SocketTransport | NativeTransport)
+        assert isinstance(two, SocketTransport | NativeTransport)
         one.send(0, b"early")
         threads = [threading.Thread(target=each.establish, args=(20,)) for each in (zero, one)]
         for thread in threads:
@@ -287,7 +315,7 @@ def test_establish_keeps_what_arrived_for_the_first_handle() -> None:
 def test_establish_names_the_ranks_that_are_missing() -> None:
     with socket_network(3) as network:
         zero = network.transports[0]
-        assert isinstance(zero, SocketTransport)
+        assert isinstance(zero, SocketTransport | NativeTransport)
         with pytest.raises(CoordinationError, match=r"2 of 3 ranks.*\[1, 2\]"):
             zero.establish(0.2)
 
@@ -296,7 +324,7 @@ def test_establish_fails_at_once_when_rank_0_is_gone() -> None:
     with socket_network(2) as network:
         network.transports[0].close()
         one = network.transports[1]
-        assert isinstance(one, SocketTransport)
+        assert isinstance(one, SocketTransport | NativeTransport)
         with pytest.raises(PeerLostError, match="rank 0 is gone"):
             one.establish(60)
 
@@ -305,11 +333,11 @@ def test_the_first_address_need_not_be_the_right_one() -> None:
     sockets, endpoints = listeners(2)
     # A rank of the same network namespace is looked for on loopback first: pretend another machine.
     far = Endpoint(1, "another machine", ("127.0.0.2", "127.0.0.1"), endpoints[1].port)
-    transport = SocketTransport(
+    transport = transport_type(0)(
         rank=0, secret=SECRET, listener=sockets[0], endpoints={**endpoints, 1: far},
         peer_timeout_s=5.0,
     )  # fmt: skip
-    other = SocketTransport(
+    other = transport_type(1)(
         rank=1, secret=SECRET, listener=sockets[1], endpoints=endpoints, peer_timeout_s=5.0
     )
     network = Network({0: transport, 1: other})

@@ -12,11 +12,18 @@ import pytest
 
 from spotspeed.config import SpotSpeedConfig, parse_block
 from spotspeed.coordinator.coordinator import Coordinator, Cut, GateVerdict
-from spotspeed.coordinator.local import LocalTransport
 from spotspeed.errors import CoordinationError, CutTimeoutError, PeerLostError
-from spotspeed.testing.network import socket_network
+from spotspeed.testing import network as networks
+from spotspeed.testing.network import single_transport, socket_network
 
 WAIT_S = 20.0
+
+
+@pytest.fixture(params=["python", "native"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test here runs with the control thread in Python and with the native one."""
+    monkeypatch.setattr(networks, "kind", request.param)
+    return str(request.param)
 
 
 class Saver:
@@ -316,7 +323,7 @@ def test_an_exchange_with_a_lost_rank_fails_on_all_others() -> None:
 
 def test_one_rank_needs_no_sockets() -> None:
     saver = Saver()
-    coordinator = saver.coordinator = Coordinator(LocalTransport(), config(), saver)
+    coordinator = saver.coordinator = Coordinator(single_transport(), config(), saver)
     assert coordinator.exchange("x", b"me") == [b"me"]
     coordinator.start(3)
     assert coordinator.gate(4) is GateVerdict.GO
@@ -336,7 +343,7 @@ def test_an_idle_control_thread_costs_no_processor_time() -> None:
 
 
 def test_a_closed_coordinator_says_so() -> None:
-    coordinator = Coordinator(LocalTransport(), config(), Saver())
+    coordinator = Coordinator(single_transport(), config(), Saver())
     assert coordinator.close(1.0) is GateVerdict.GO
     assert coordinator.close(1.0) is GateVerdict.GO
     coordinator.request_snapshot()

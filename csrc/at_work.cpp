@@ -1,0 +1,18 @@
+#include "at_work.h"
+
+#include <system_error>
+
+#include <pthread.h>
+
+namespace spotspeed {
+
+std::shared_mutex& fork_lock() {
+  // Never destroyed: threads may be at work until the process ends.
+  static auto* lock = new std::shared_mutex;
+  static const int failure = pthread_atfork([] { lock->lock(); }, [] { lock->unlock(); },
+                                            [] { lock->unlock(); });
+  if (failure != 0) throw std::system_error(failure, std::generic_category(), "pthread_atfork");
+  return *lock;
+}
+
+}  // namespace spotspeed
