@@ -33,6 +33,8 @@ PARTS = frozenset({"counters", "schedule", "groups", "scaler", "rng"})
 
 _VERSION = 1
 _KEPT = 2
+_OF_GROUPS = ("groups", "schedule")
+"""What has one entry for each param_group, and so belongs to a rank where ranks differ in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ class SmallState:
         }
         if self._is_divided:  # Rank 0 has other parameters, and may have other groups.
             state["groups"] = groups.describe(record.groups, self._group_names())
+            state["schedule"] = record.schedule
         return state
 
     def buffer_pieces(self, record: Record) -> list[Piece]:
@@ -193,8 +196,9 @@ class SmallState:
             raise FormatError(
                 f"the job state is of {job['world_size']} ranks, the checkpoint of {written_by}"
             )
-        stored_groups = (rank_state or {}).get("groups", job["groups"])
-        planned = groups.plan(stored_groups, self._group_names()) if "groups" in parts else []
+        kept = rank_state or {}
+        own = {part: kept.get(part, job[part]) for part in _OF_GROUPS}
+        planned = groups.plan(own["groups"], self._group_names()) if "groups" in parts else []
         self._buffers.finish()
         notes: list[str] = []
         if "counters" in parts:
@@ -203,7 +207,7 @@ class SmallState:
             samples = int(self._engine.global_samples)
             self.cursor = None if stored is None else resume_cursor(stored, samples)
         if "schedule" in parts:
-            notes += schedule.apply(self._engine, job["schedule"])
+            notes += schedule.apply(self._engine, own["schedule"])
         if "groups" in parts:
             groups.apply(self._optimizer, planned)
             schedule.show_rates(self._engine, self._optimizer)

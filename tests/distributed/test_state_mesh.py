@@ -25,9 +25,9 @@ CASES = {
 }
 ALL = [case for cases in CASES.values() for case in cases]
 TO_OTHER_STAGES = [
-    (2, "pipe-1", "pipe-0"), (2, "pipe-0", "pipe-1"), (4, "pipe-1-bf16opt", "pipe-0-bf16"),
-    (4, "pipe-1-bf16", "pipe-1-bf16opt"), (2, "moe-2", "moe-0"), (4, "moe-0", "moe-1"),
-    (4, "moe-0-bf16", "moe-2-bf16"),
+    (2, "pipe-1", "pipe-0"), (2, "pipe-0-bf16", "pipe-1-bf16"),
+    (4, "pipe-1-bf16opt", "pipe-0-bf16"), (4, "pipe-1-bf16", "pipe-1-bf16opt"),
+    (2, "moe-2", "moe-0"), (4, "moe-0", "moe-1"), (4, "moe-0-bf16", "moe-2-bf16"),
 ]  # fmt: skip
 """(ranks that wrote, case that wrote, case that reads); read on the other number of ranks."""
 REFUSED = {
