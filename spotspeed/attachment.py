@@ -11,6 +11,7 @@ from spotspeed.checkpointer import Checkpointer
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.errors import SpotSpeedError
 from spotspeed.exit import watch_refusals
+from spotspeed.rehearsal import rehearsal_here, rehearse
 from spotspeed.state import boundary
 from spotspeed.state.engine import Engine, require_block
 from spotspeed.state.late import Stateful
@@ -60,8 +61,13 @@ def attach_next(engine: Engine) -> Checkpointer:
 def _tie(engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
          state: Mapping[str, Stateful] | None = None) -> Checkpointer:  # fmt: skip
     watch_refusals()
+    rehearsal = rehearsal_here()
+    block = config if rehearsal is None else rehearsal.block(config)
     try:
-        return Checkpointer(engine, config, loader, state=state)
+        checkpointer = Checkpointer(engine, block, loader, state=state)
+        if rehearsal is not None:
+            rehearse(checkpointer, rehearsal, config.path)
+        return checkpointer
     except SpotSpeedError:
         boundary.unbind(engine)
         raise

@@ -180,7 +180,9 @@ cli_exchange.register(app, reported)
 
 def main() -> None:
     """Entry point of the `spotspeed` command."""
-    import spotspeed.cli_job  # noqa: F401  (registers its verbs, and needs this module first)
+    # They register their verbs, and need this module first.
+    import spotspeed.cli_certify
+    import spotspeed.cli_job  # noqa: F401
 
     app()
 
