@@ -65,7 +65,20 @@ def by_deepspeed(ranks: int, port: int) -> list[str]:
     return [scripts("deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
 
 
+def by_torchrun(ranks: int, port: int) -> list[str]:
+    return [scripts("torchrun"), "--nproc-per-node", str(ranks), "--master-port", str(port)]
+
+
+def by_accelerate(ranks: int, port: int) -> list[str]:
+    return [scripts("accelerate"), "launch", "--use_deepspeed", "--num_processes", str(ranks),
+            "--main_process_port", str(port)]  # fmt: skip
+
+
 Launcher = Callable[[int, int], list[str]]
+AS_MODULE: dict[Launcher, list[str]] = {
+    # Without the dashes these two take a script's options for abbreviations of their own.
+    by_torchrun: ["-m", "--"], by_accelerate: ["-m", "--"], by_deepspeed: ["--module"],
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -100,7 +113,7 @@ class Job:
         port = free_port()
         words = launcher(ranks, port)
         if self.is_plain:
-            words += (["--module"] if launcher is by_deepspeed else ["-m"]) + ["spotspeed.run"]
+            words += [*AS_MODULE.get(launcher, ["-m"]), "spotspeed.run"]
         words += [str(self.script), "--config", str(file), "--steps", str(steps),
                   "--log", str(self.log), *SIZE]  # fmt: skip
         return Launch(self, port, words)

@@ -35,13 +35,14 @@ def test_a_notice_among_saves_of_every_step_resumes_bitwise(
 
 
 def interrupt_and_resume(
-    job: Job, launcher: Launcher, number: signal.Signals, references: References
+    job: Job, launcher: Launcher, number: signal.Signals, references: References, code: int = 75
 ) -> None:
-    """Two ranks, one signal to one of them, then two ranks again."""
+    """Two ranks, one signal to one of them, the launcher's `code`, then two ranks again."""
     with job.start(2, launcher=launcher) as launch:
         launch.interrupt(number, new_chance())
         finished = launch.finish()
-    assert finished.returncode == 75, finished.output[-6000:]
+    assert finished.returncode == code, finished.output[-6000:]
+    assert finished.output.count("leaving with 75") == 2, finished.output[-6000:]
     last = launch.records()[-1]["step"]
     assert job.sealed()[0] == last, "what was trained and what is durable are one step"
     until = last + 6

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.conftest import STAGES, References
-from tests.distributed.job import Job, Launcher, by_deepspeed, by_mpirun
+from tests.distributed.job import (
+    Job,
+    Launcher,
+    by_accelerate,
+    by_deepspeed,
+    by_mpirun,
+    by_torchrun,
+)
 from tests.distributed.test_main_job import interrupt_and_resume
 
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize(("stage", "launcher", "number"), [
-    pytest.param(3, by_mpirun, signal.SIGUSR1, id="zero3-mpirun"),
-    pytest.param(0, by_deepspeed, signal.SIGTERM, id="zero0-deepspeed"),
+@pytest.mark.parametrize(("stage", "launcher", "number", "code"), [
+    pytest.param(3, by_mpirun, signal.SIGUSR1, 75, id="zero3-mpirun"),
+    pytest.param(0, by_deepspeed, signal.SIGTERM, 75, id="zero0-deepspeed"),
+    # These two give 1 for whatever a rank ends with; `spotspeed supervise` sees through them.
+    pytest.param(2, by_torchrun, signal.SIGTERM, 1, id="zero2-torchrun", marks=pytest.mark.full),
+    pytest.param(1, by_accelerate, signal.SIGUSR1, 1, id="zero1-accelerate", marks=[
+        pytest.mark.full,
+        pytest.mark.skipif(importlib.util.find_spec("accelerate") is None,
+                           reason="needs accelerate"),
+    ]),
 ])  # fmt: skip
 def test_a_script_without_a_line_of_spotspeed_is_interrupted_and_resumed_alike(
-    stage: int, launcher: Launcher, number: signal.Signals, tmp_path: Path,
+    stage: int, launcher: Launcher, number: signal.Signals, code: int, tmp_path: Path,
     plain_script: Path, references: References,
 ) -> None:  # fmt: skip
     job = Job(tmp_path / "job", stage, script=plain_script, is_plain=True)
-    interrupt_and_resume(job, launcher, number, references)
+    interrupt_and_resume(job, launcher, number, references, code)
 
 
 def test_without_a_block_nothing_is_started_and_nothing_is_said(references: References) -> None:
