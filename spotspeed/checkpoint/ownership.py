@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 
 from spotspeed import events
 from spotspeed.checkpoint.processes import see_process, this_process
+from spotspeed.core.documents import check_stamp, stamp
 from spotspeed.core.lineage import Place, place_of
-from spotspeed.core.manifest import canonical_json
 from spotspeed.core.owner import (
     MAX_RECORD_BYTES,
     Decision,
@@ -171,7 +171,7 @@ def record_restored_from(storage: Storage, epoch: int, directory: str | None) ->
     """
     if directory is not None and place_of(directory) is None:
         raise FormatError(f"{directory!r} is not the name of a checkpoint directory")
-    data = canonical_json({"epoch": epoch, "restored_from": directory}) + b"\n"
+    data = stamp({"epoch": epoch, "restored_from": directory})
     key = restored_key(epoch)
     if not _create_exactly(storage, key, data):
         raise StorageError(
@@ -185,7 +185,7 @@ def read_restored(storage: Storage, epoch: int) -> Place | None:
     key = restored_key(epoch)
     source = f"{storage.url}/{key}"
     try:
-        raw = json.loads(storage.get(key, MAX_RECORD_BYTES))
+        raw = check_stamp(json.loads(storage.get(key, MAX_RECORD_BYTES)), source)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{source}: not a record: {error}") from error
     if not isinstance(raw, dict) or set(raw) != {"epoch", "restored_from"}:

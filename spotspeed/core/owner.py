@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any, Literal
 
-from spotspeed.core.manifest import canonical_json
+from spotspeed.core.documents import check_stamp, stamp
 from spotspeed.errors import FormatError
 
 State = Literal["training", "draining", "released"]
@@ -144,13 +144,13 @@ def describe(owner: OwnerRecord, now_unix_s: int) -> str:
 
 def encode_owner(record: OwnerRecord) -> bytes:
     """The stored form of a record."""
-    return canonical_json(asdict(record)) + b"\n"
+    return stamp(asdict(record))
 
 
 def decode_owner(data: bytes, *, source: str) -> OwnerRecord:
     """Parse a stored record; raises FormatError naming `source`."""
     try:
-        raw = json.loads(data.decode("ascii"))
+        raw = check_stamp(json.loads(data.decode("ascii")), source)
         identity = _fields(raw.pop("identity"), Identity)
         record = OwnerRecord(identity=Identity(**identity), **_fields(raw, OwnerRecord, "identity"))
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
