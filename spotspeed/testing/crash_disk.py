@@ -175,6 +175,10 @@ class DiskState:
         if operation.kind == "make":
             self._directories.add(operation.child)
 
+    def everything(self) -> dict[str, bytes]:
+        """The tree (path -> content) without any crash."""
+        return self._tree(["whole"] * len(self._pending))
+
     def crash_states(self, rng: random.Random, limit: int) -> Iterator[dict[str, bytes]]:
         """Trees (path -> content) that a crash may leave now; all if few, else a sample."""
         options = [_OF_WRITES if p.kind == "write" else _OF_NAMES for p in self._pending]

@@ -2,8 +2,8 @@
 
 Independent of spotspeed's own seam (storage/posix.py): whatever a process of the command writes,
 syncs, renames or removes is seen, and comes out as the operations of testing/crash_disk.py.
-sync_file_range, io_uring and writable shared mappings promise nothing and are not taken for syncs;
-the last two are refused, because what they write would not be seen.
+sync_file_range and io_uring promise nothing here. Writes that are not seen (io_uring, mappings) are
+found at the end, when the files are compared with what the recorded changes make.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotspeed.testing.crash_disk import Kind, Operation
+from spotspeed.testing.crash_disk import DiskState, Kind, Operation
 
 MARK = "/spotspeed-mark/"
 """`os.access(MARK + word, os.F_OK)` in the command leaves the word in the log."""
 _CALLS = (
     "open,openat,creat,write,pwrite64,writev,pwritev,pwritev2,truncate,ftruncate,fsync,fdatasync,"
     "rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir,"
-    "lseek,access,faccessat,faccessat2,mmap,io_uring_setup,copy_file_range,sendfile,splice,"
+    "lseek,access,faccessat,faccessat2,mmap,copy_file_range,sendfile,splice,"
     "fallocate,openat2,sync,syncfs,chdir,fchdir"
 )
 _LINE = re.compile(
@@ -32,7 +32,7 @@ _LINE = re.compile(
 )
 _DESCRIPTOR = re.compile(r"(-?\d+|AT_FDCWD)<(.*)>(?:\(deleted\))?")
 _TEXT = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
-_UNSEEN = frozenset({"copy_file_range", "sendfile", "splice", "fallocate", "pwritev", "pwritev2",
+_UNSEEN = frozenset({"copy_file_range", "splice", "fallocate", "pwritev", "pwritev2",
                      "symlink", "symlinkat", "openat2", "sync", "syncfs"})  # fmt: skip
 
 
@@ -65,7 +65,24 @@ def record(
     Waits for every process that it leaves behind. Raises CalledProcessError when it fails.
     """
     subprocess.run(strace_command(log, command), env=env, check=True, timeout=timeout_s)
-    return list(parse(log, top))
+    found = list(parse(log, top))
+    _check_complete(found, top)
+    return found
+
+
+def _check_complete(found: Sequence[Operation | Mark], top: Path) -> None:
+    """Raise UnseenChangeError unless the changes make exactly the files that are there."""
+    state = DiskState(1)
+    for entry in found:
+        if isinstance(entry, Operation):
+            state.apply(entry)
+    made = {path: data for path, data in state.everything().items() if not path.endswith("/")}
+    there = {str(path.relative_to(top)): path.read_bytes()
+             for path in top.rglob("*") if path.is_file()}  # fmt: skip
+    different = sorted(path for path in made.keys() | there.keys()
+                       if made.get(path) != there.get(path))  # fmt: skip
+    if different:
+        raise UnseenChangeError(f"not all changes were recorded: {', '.join(different[:5])}")
 
 
 def parse(log: Path, top: Path) -> Iterator[Operation | Mark]:
@@ -101,7 +118,7 @@ class _Tree:
         self._refuse_relative(name, arguments)
         if name in ("chdir", "fchdir"):
             return
-        if name in _UNSEEN or name in ("mmap", "io_uring_setup"):
+        if name in _UNSEEN or name == "mmap":
             self._refuse_unseen(name, arguments)
             return
         handler: Callable[..., Iterator[Operation]] = getattr(self, f"_{_HANDLERS[name]}")
@@ -120,7 +137,7 @@ class _Tree:
     def _refuse_unseen(self, name: str, arguments: list[str]) -> None:
         if name == "mmap" and not ("PROT_WRITE" in arguments[2] and "MAP_SHARED" in arguments[3]):
             return
-        if name in ("io_uring_setup", "sync") or any(self._concerns(item) for item in arguments):
+        if name == "sync" or any(self._concerns(item) for item in arguments):
             raise UnseenChangeError(f"{name}({', '.join(arguments)[:300]})")
 
     def _concerns(self, argument: str) -> bool:
@@ -158,6 +175,19 @@ class _Tree:
         if name != "pwrite64":
             self._places[node] = offset + result
         self._sizes[node] = max(self._sizes.get(node, 0), offset + result)
+        yield Operation("write", node, offset=offset, data=data)
+
+    def _copy(self, _: str, arguments: list[str], result: int, __: str) -> Iterator[Operation]:
+        """sendfile from a file that the command does not change, as shutil copies."""
+        node, source = self._node_of(arguments[0]), _DESCRIPTOR.fullmatch(arguments[1])
+        begin = re.match(r"\[(\d+)\]", arguments[2])
+        if node is None or source is None or begin is None or not result:
+            return
+        with open(_text(source[2]), "rb") as file:
+            file.seek(int(begin[1]))
+            data = file.read(result)
+        offset = self._places.get(node, 0)
+        self._places[node] = self._sizes[node] = offset + len(data)
         yield Operation("write", node, offset=offset, data=data)
 
     def _seek(self, _: str, arguments: list[str], result: int, __: str) -> Iterator[Operation]:
@@ -233,7 +263,8 @@ class _Tree:
 
 _HANDLERS = {
     "open": "open", "openat": "open", "creat": "open", "write": "write", "writev": "write",
-    "pwrite64": "write", "lseek": "seek", "truncate": "truncate", "ftruncate": "truncate",
+    "pwrite64": "write", "sendfile": "copy", "lseek": "seek", "truncate": "truncate",
+    "ftruncate": "truncate",
     "fsync": "sync", "fdatasync": "sync", "rename": "rename", "renameat": "rename",
     "renameat2": "rename", "link": "link", "linkat": "link", "unlink": "remove",
     "unlinkat": "remove", "rmdir": "remove", "mkdir": "make", "mkdirat": "make",
