@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import spotspeed
 from tests.distributed.test_dropin import held
 from tests.distributed.test_small_state import run_alone
 from tests.ranks import ROOT, free_port, rank_environment, remove_shared_memory, run_ranks
@@ -30,11 +32,37 @@ def test_two_ranks_save_and_load_asynchronously(tmp_path: Path) -> None:
         assert held(output, rank) == CHECKS
 
 
-def test_the_example_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
-    found = re.search(r"### One call.*?```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert found is not None
-    (tmp_path / "example.py").write_text(found[1])
+def blocks() -> list[str]:
+    """The Python in the README, in its order."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_the_readme_has_three_examples_of_which_one_is_an_excerpt_of_the_example_script() -> None:
+    excerpt, *_ = found = blocks()
+    assert len(found) == 3, "a new one needs a test that runs it"
+    script = (ROOT / "examples" / "train_gpt.py").read_text()
+    for line in excerpt.splitlines():
+        assert (
+            line == "..."
+            or "deepspeed.initialize" in line
+            or line in map(str.strip, script.splitlines())
+        ), line
+
+
+def test_the_example_of_reading_runs_on_what_the_example_script_has_saved(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = blocks()[2].replace("/shared/checkpoints/run-7", str(trained))
+    found: dict[str, Any] = {"spotspeed": spotspeed}
+    exec(example, found)
+    assert found["weights"].shape == (256, 64) and found["moments"].shape == (1000,)
+    assert re.findall(r"^(\S+) (\d+)", capsys.readouterr().out, flags=re.MULTILINE) == [
+        ("step-10", "10"), ("step-5", "5"),
+    ]  # fmt: skip
+
+
+def test_the_example_of_one_call_runs_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(blocks()[1])
     port = free_port()
     env = {**rank_environment(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
            "PYTHONPATH": str(ROOT)}  # fmt: skip
