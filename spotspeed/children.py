@@ -14,34 +14,43 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_KEY = "spotspeed"
 _ROOT = "deepspeed"
 
 
 def pass_on() -> None:
-    """From now on, children of this process install the hooks when they import DeepSpeed.
+    """From now on, children of this process install the hooks when they import DeepSpeed."""
+    pass_on_as("spotspeed", _Hooks())
+
+
+def pass_on_as(name: str, legacy: Any) -> None:
+    """Hand `legacy` to all children of this process, under a name; a second one replaces it.
 
     What a process hands to all its children is its `_config` (multiprocessing/process.py,
     BaseProcess.__init__); it is unpickled in the child before the child's own work is.
     """
     config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
-    config.setdefault(_KEY, _Legacy())
+    config[name] = legacy
 
 
-class _Legacy:
+def when_imported(action: Callable[[], None]) -> None:
+    """Call `action` once DeepSpeed has been imported: now, if it has been."""
+    if _ROOT in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _Finder(action))
+
+
+class _Hooks:
     """Acts by being unpickled in a child."""
 
-    def __reduce__(self) -> tuple[Callable[[], _Legacy], tuple[()]]:
+    def __reduce__(self) -> tuple[Callable[[], _Hooks], tuple[()]]:
         return _receive, ()
 
 
-def _receive() -> _Legacy:
+def _receive() -> _Hooks:
     """In the child; what it returns is passed on to the child's own children."""
-    if _ROOT in sys.modules:
-        _install()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-    return _Legacy()
+    when_imported(_install)
+    return _Hooks()
 
 
 def _install() -> None:
@@ -51,7 +60,10 @@ def _install() -> None:
 
 
 class _Finder:
-    """Waits for the import of DeepSpeed, finds it as everybody would, and installs the hooks."""
+    """Finds DeepSpeed as everybody would, and acts when its import is complete."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -67,7 +79,7 @@ class _Finder:
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            _install()
+            self._action()
 
         loader.exec_module = exec_module
         return spec

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from spotspeed.checkpoint.agreement import Verdict, raise_first, share, share_all, vote
 from spotspeed.checkpoint.marker import (
     LATEST_FILE,
+    LATEST_UNIVERSAL_FILE,
     MARKER_FILE,
     Marker,
     attempt_prefix,
@@ -32,6 +33,7 @@ from spotspeed.checkpoint.session import absolute
 from spotspeed.core.manifest import Manifest
 from spotspeed.errors import ConfigError, CoordinationError, ObjectNotFoundError, SpotSpeedError
 from spotspeed.state import boundary
+from spotspeed.state.engine import settle_parameters
 from spotspeed.state.fit import Wanted
 from spotspeed.state.small import PARTS
 from spotspeed.storage import open_storage
@@ -72,7 +74,9 @@ def save(checkpointer: Checkpointer, arguments: Mapping[str, Any]) -> bool:
         arguments["client_state"], bool(arguments["save_latest"]),
         bool(arguments["exclude_frozen_parameters"]),
     )  # fmt: skip
-    wait_all(checkpointer, begin(checkpointer, request))
+    handle = begin(checkpointer, request)
+    settle_parameters(checkpointer.engine)
+    wait_all(checkpointer, handle)
     return True
 
 
@@ -127,13 +131,11 @@ def load(checkpointer: Checkpointer, arguments: Mapping[str, Any]) -> Any:
     PASS, so that DeepSpeed loads, when the tag has no marker. A marker whose checkpoint is damaged
     or gone is an error on every rank, never (None, None).
     """
-    engine, tag = checkpointer.engine, arguments["tag"]
+    tag = arguments["tag"]
     folder = _folder("load_dir", arguments["load_dir"])
-    if engine.load_universal_checkpoint():
-        checkpointer.begin_change()
-        return boundary.PASS
-    found = find(checkpointer, folder, None if tag is None else str(tag))
-    if found["tag"] is None:
+    is_universal = checkpointer.engine.load_universal_checkpoint()
+    found = find(checkpointer, folder, None if tag is None else str(tag), is_universal=is_universal)
+    if found["tag"] is None and not is_universal:
         _logger.warning("%s has no file %r: nothing is loaded", folder, LATEST_FILE)
         return None, None
     if found["marker"] is None:
@@ -148,15 +150,20 @@ def load(checkpointer: Checkpointer, arguments: Mapping[str, Any]) -> Any:
     return os.path.join(folder, found["tag"], MARKER_FILE), restored.client_state
 
 
-def find(checkpointer: Checkpointer, folder: str, tag: str | None) -> dict[str, Any]:
+def find(
+    checkpointer: Checkpointer, folder: str, tag: str | None, *, is_universal: bool = False
+) -> dict[str, Any]:
     """What rank 0 finds for `tag` (None: what `latest` names) in `folder`; the same on all ranks.
 
-    "tag" is None when there is no `latest`; "marker" is None when the tag has none.
+    "tag" is None when there is no `latest`; "marker" is None when the tag has none. A universal
+    checkpoint of DeepSpeed's, named in a file of its own, comes before what `latest` names.
     """
+    files = (LATEST_UNIVERSAL_FILE, LATEST_FILE) if is_universal else (LATEST_FILE,)
 
     def look() -> dict[str, Any]:
         store = open_storage(folder)
-        name = read_latest(store) if tag is None else tag
+        names = (read_latest(store, file) for file in files)
+        name = next(filter(None, names), None) if tag is None else tag
         marker = None if name is None else read_marker(store, name)
         fields = None if marker is None else {
             key: getattr(marker, key) for key in Marker.__dataclass_fields__

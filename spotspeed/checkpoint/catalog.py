@@ -87,8 +87,15 @@ def list_sealed(storage: Storage, *, lineage: bool = True) -> list[CheckpointInf
 def find(storage: Storage, tag: str | None = None) -> CheckpointInfo:
     """The newest sealed checkpoint, or the newest of that tag or directory, on the lineage or not.
 
-    Raises ObjectNotFoundError when there is none, saying what there is instead.
+    Raises ObjectNotFoundError when there is none, saying what there is instead, CorruptionError for
+    a directory whose manifest is damaged.
     """
+    if tag is not None and place_of(tag) is not None:
+        found = _open(storage, tag)
+        if isinstance(found, CheckpointInfo):
+            return found
+        if found is not None:
+            raise CorruptionError(f"{storage.url}/{found.directory}: {found.cause}")
     known = list_sealed(storage, lineage=tag is None)
     for info in known:
         if tag is None or tag in (info.tag, info.directory):

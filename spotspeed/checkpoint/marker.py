@@ -22,6 +22,8 @@ from spotspeed.storage.contract import Storage
 
 MARKER_FILE = "spotspeed.json"
 LATEST_FILE = "latest"
+LATEST_UNIVERSAL_FILE = "latest_universal"
+"""Names what DeepSpeed's ds_to_universal has made; never written here."""
 MAX_MARKER_BYTES = 64 * 1024
 _FORMAT = "spotspeed-marker"
 _VERSION = 1
@@ -73,14 +75,14 @@ def read_marker(folder: Storage, tag: str) -> Marker | None:
     return marker
 
 
-def read_latest(folder: Storage) -> str | None:
-    """The tag that `latest` names, or None."""
+def read_latest(folder: Storage, file: str = LATEST_FILE) -> str | None:
+    """The tag that `latest` (or its like, `file`) names, or None."""
     try:
-        return folder.get(LATEST_FILE, MAX_MARKER_BYTES).decode().strip() or None
+        return folder.get(file, MAX_MARKER_BYTES).decode().strip() or None
     except ObjectNotFoundError:
         return None
     except UnicodeDecodeError as error:
-        raise FormatError(f"{folder.url}/{LATEST_FILE}: not the name of a tag") from error
+        raise FormatError(f"{folder.url}/{file}: not the name of a tag") from error
 
 
 def mark(

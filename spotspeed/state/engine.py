@@ -42,3 +42,13 @@ def rank_of(engine: Any) -> int:
 def world_size_of(engine: Any) -> int:
     """The number of ranks in torch.distributed, as DeepSpeed knows it."""
     return int(engine.world_size)
+
+
+def settle_parameters(engine: Any) -> None:
+    """Leave the parameters as DeepSpeed's own save leaves them; collective in ZeRO stage 3.
+
+    There they end up partitioned but for the persistent ones, which are gathered.
+    """
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.checkpoint_event_prologue()
+        engine.optimizer.checkpoint_event_epilogue()

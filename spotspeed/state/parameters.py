@@ -16,6 +16,8 @@ from spotspeed.state.partition import Resident
 
 _places: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 """What is known of process groups."""
+_expert_groups: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""The expert-data-parallel groups of engines by name."""
 
 
 class ParameterNames:
@@ -85,7 +87,9 @@ def replica_of_parameter(engine: Any, parameter: Any) -> tuple[int, int]:
     """
     if getattr(parameter, "allreduce", True):
         return replica_of(engine.seq_data_parallel_group)
-    return replica_of(engine.expert_data_parallel_group[parameter.group_name])
+    if engine not in _expert_groups:  # DeepSpeed empties its own table with the process groups.
+        _expert_groups[engine] = dict(engine.expert_data_parallel_group)
+    return replica_of(_expert_groups[engine][parameter.group_name])
 
 
 def replicated_residents(

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import spotspeed
 from tests.distributed.test_small_state import run_alone
 from tests.ranks import ROOT, run_ranks
 
 DRIVER = "tests/distributed/drivers/dropin.py"
 PROCESSES = "tests/distributed/drivers/dropin_processes.py"
+INSTALLED = "tests/distributed/drivers/installed.py"
 CHECKS = [node.name for node in ast.parse((ROOT / DRIVER).read_text()).body
           if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")]  # fmt: skip
 
@@ -43,3 +45,12 @@ def test_what_was_saved_outlives_its_process_whoever_it_was(tmp_path: Path) -> N
 def test_another_number_of_ranks_loads_it_at_another_stage(tmp_path: Path) -> None:
     run_ranks(2, PROCESSES, "save", str(tmp_path), timeout_s=150)
     assert "loaded step 2" in run_alone(PROCESSES, "load", str(tmp_path))
+
+
+def test_a_script_with_several_engines_goes_on_with_each_of_them(tmp_path: Path) -> None:
+    assert "began at [0, 0]" in run_alone(INSTALLED, "first", str(tmp_path))
+    for path, steps in (("path", [2]), ("path/engine-2", [3])):
+        found = spotspeed.list_checkpoints(str(tmp_path / path))
+        assert [info.step for info in found] == steps, path
+    assert "began at [2, 3]" in run_alone(INSTALLED, "again", str(tmp_path))
+    assert not (tmp_path / "path" / "engine-3").exists()

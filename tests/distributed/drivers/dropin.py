@@ -6,11 +6,18 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import deepspeed
 import torch
 from engines import RANK, WORLD_SIZE, main, make, micro_step, raises, train
 
 import spotspeed
-from spotspeed.errors import CaptureError, CorruptionError, InvalidLayoutError
+from spotspeed.errors import (
+    CaptureError,
+    CorruptionError,
+    InvalidLayoutError,
+    ObjectNotFoundError,
+)
+from spotspeed.integrations import deepspeed_consolidate
 
 FOLDER = Path(sys.argv[1])
 
@@ -160,17 +167,97 @@ def check_tags_that_differ() -> None:
         engine.destroy()
 
 
-def check_damage_is_an_error() -> None:
+def check_damage_is_an_error_and_nothing_goes_on_from_it() -> None:
     engine = make(2, FOLDER / "damage")
-    train(engine, 1)
-    engine.save_checkpoint(FOLDER / "damage-out")
+    for _ in range(2):
+        train(engine, 1)
+        engine.save_checkpoint(FOLDER / "damage-out")
+    after = train(engine, 1)
+    last = WORLD_SIZE - 1
     if RANK == 0:
-        shard = next((FOLDER / "damage").glob("step-*/rank-00000.shard"))
-        data = bytearray(shard.read_bytes())
-        data[4096] ^= 1
-        shard.write_bytes(data)
+        # The last rank alone meets this; all others have filled their part by then.
+        damage(next((FOLDER / "damage").glob(f"step-*2.*/rank-{last:05d}.shard")), 4096)
     raises(CorruptionError, lambda: engine.load_checkpoint(FOLDER / "damage-out"))
+    for action in (train, lambda engine, _: engine.save_checkpoint(FOLDER / "damage-out")):
+        error = raises(CorruptionError, lambda action=action: action(engine, 1))
+        assert "load another" in str(error), error
+    raises(ObjectNotFoundError, lambda: spotspeed.load(engine, tag="nowhere"))
+    raises(CorruptionError, lambda: train(engine, 1))
+    engine.load_checkpoint(FOLDER / "damage-out", "global_step1")
+    assert train(engine, 2)[1:] == after
     engine.destroy()
+    lost = make(2, FOLDER / "damage", seed=2)
+    raises(CorruptionError, lambda: lost.load_checkpoint(FOLDER / "damage-out", "global_step2"))
+    lost.destroy()
+
+
+def check_what_cannot_be_loaded_changes_nothing() -> None:
+    engine = make(1, FOLDER / "kept")
+    train(engine, 2)
+    engine.save_checkpoint(FOLDER / "kept-out")
+    other = make(1, FOLDER / "others", extra=True)
+    other.save_checkpoint(FOLDER / "kept-out", "other")
+    if RANK == 0:
+        damage(next((FOLDER / "others").glob("step-*/manifest.json")), 20)
+    spotspeed.save(engine, tag="mine")
+    raises(CorruptionError, lambda: engine.load_checkpoint(FOLDER / "kept-out", "other"))
+    raises(InvalidLayoutError, lambda: other.load_checkpoint(FOLDER / "kept-out", "global_step2"))
+    train(engine, 1)
+    spotspeed.save(engine, tag="later")
+    listed = [info.tag for info in spotspeed.list_checkpoints(str(FOLDER / "kept"))]
+    assert listed == ["later", "mine", "global_step2"], "the same branch as before"
+    other.destroy()
+    engine.destroy()
+
+
+def check_a_universal_engine_loads_what_was_saved_here() -> None:
+    engine = make(3, FOLDER / "universal")
+    train(engine, 2)
+    engine.save_checkpoint(FOLDER / "universal-out", client_state={"k": 1})
+    after = train(engine, 2)
+    other = make(1, FOLDER / "universal", seed=2, checkpoint={"load_universal": True})
+    raises(ValueError, lambda: other.load_checkpoint(FOLDER / "nowhere"))
+    assert other.load_checkpoint(FOLDER / "universal-out")[1] == {"k": 1}
+    assert other.global_steps == 2 and torch.allclose(*map(torch.tensor, (train(other, 2), after)))
+    engine.destroy()
+    other.destroy()
+
+
+def check_the_parameters_are_left_as_deepspeed_leaves_them() -> None:
+    states = []
+    for path in (None, FOLDER / "left"):
+        engine = make(3, path)
+        train(engine, 1)
+        engine.empty_partition_cache()
+        engine.save_checkpoint(FOLDER / "left-out", tag=f"{path is None}")
+        states.append([p.ds_status.name for p in engine.module.parameters()])
+        engine.destroy()
+    assert states[0] == states[1] and "AVAILABLE" in states[0], states
+
+
+def check_deepspeed_makes_one_state_dict_of_what_was_saved_here() -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as merge
+
+    deepspeed_consolidate.plug_in()
+    for stage in (1, 3):
+        engine, bf16 = make(stage, FOLDER / "merge", bf16={"enabled": True}), torch.bfloat16
+        train(engine, 1)
+        folder = FOLDER / f"merge-out{stage}"
+        engine.save_checkpoint(folder)
+        engine.save_checkpoint(folder, "thin", exclude_frozen_parameters=True, save_latest=False)
+        whole, thin = merge(folder), merge(folder, "thin")
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            live = {name: value.clone() for name, value in engine.module.named_parameters()}
+        assert {name: value.dtype for name, value in whole.items()} == dict.fromkeys(
+            live, torch.float32
+        )
+        assert all(torch.equal(whole[name].to(bf16), value) for name, value in live.items())
+        assert set(thin) == {name for name in live if not name.startswith("frozen.")}
+        engine.destroy()
+    plain = make(1)
+    plain.save_checkpoint(FOLDER / "merge-plain")
+    assert "body.0.weight" in merge(FOLDER / "merge-plain"), "its own files, as ever"
+    plain.destroy()
 
 
 def check_without_a_marker_deepspeed_loads_its_own() -> None:
@@ -217,6 +304,13 @@ def check_a_load_further_back_begins_another_branch() -> None:
     engine.load_checkpoint(FOLDER / "back-out", "global_step3")
     assert engine.global_steps == 3, "by name it can still be had"
     engine.destroy()
+
+
+def damage(file: Path, offset: int) -> None:
+    """Flip one bit."""
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1
+    file.write_bytes(data)
 
 
 def _masters(catalogue: Path, folder: Path, tag: str) -> dict[str, list[float]]:

@@ -1,0 +1,71 @@
+"""Engines of a script that knows nothing of spotspeed: `first`, then `again` in a spawned child."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import sys
+from functools import partial
+from pathlib import Path
+
+MODE, FOLDER = sys.argv[1], Path(sys.argv[2])
+
+
+def script(steps):
+    """Two models with one config, and one with an optimizer that spotspeed does not know."""
+    import torch
+    from engines import make, train
+
+    class Odd(torch.optim.SGD):
+        pass
+
+    engines = [make(2, FOLDER / "path", attached=False, extra=bool(number)) for number in range(2)]
+    began = [engine.global_steps for engine in engines]
+    odd = make(0, FOLDER / "path", attached=False, optimizer=partial(Odd, lr=0.1))
+    train(odd, 1)
+    odd.save_checkpoint(FOLDER / "odd")
+    path, _ = odd.load_checkpoint(FOLDER / "odd")
+    assert path.endswith(".pt"), path
+    for number, engine in enumerate(engines):
+        train(engine, steps + number)
+    return began
+
+
+class Warnings(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+def run(steps, expected):
+    from deepspeed import comm
+
+    warnings = Warnings()
+    logging.getLogger("spotspeed").addHandler(warnings)
+    began = script(steps)
+    assert began == expected, began
+    said = [text for text in warnings.texts if "not protected by spotspeed" in text]
+    assert len(said) == 1 and "Odd" in said[0], warnings.texts
+    # Scripts end so; what is newer than the last save is saved all the same.
+    comm.destroy_process_group()
+    print(f"began at {began}", flush=True)
+
+
+if __name__ == "__main__":
+    if MODE == "first":
+        import spotspeed
+
+        spotspeed.install()
+        run(2, [0, 0])
+    else:
+        # This process has no engine: the hooks are for those that it starts.
+        from spotspeed import children
+
+        children.pass_on()
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(1, [2, 3]))
+        process.start()
+        process.join()
+        sys.exit(process.exitcode)
