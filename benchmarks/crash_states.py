@@ -9,11 +9,14 @@ not times: they depend on the seed and on the number of states per point alone.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
+import pickle
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -34,6 +37,9 @@ JOB = ROOT / "benchmarks" / "jobs" / "crash_job.py"
 SEED = 20_261_124
 Tree = dict[str, bytes]
 Judge = Callable[[Path, Tree, Tree, str], str]
+BROKEN = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+          ImportError, pickle.UnpicklingError, struct.error)  # fmt: skip
+"""What torch.load and pickle raise for files that are not what was written."""
 VERDICTS = ("as promised", "nothing yet", "older than promised", "lost", "does not load",
             "loads wrong")  # fmt: skip
 
@@ -66,6 +72,19 @@ def number_of(tag: str) -> int:
     return int(tag.rpartition("-")[2] or 0) if tag else 0
 
 
+def is_equal(found: Any, right: Any) -> bool:
+    """Whether two loaded values are the same, tensors bit by bit."""
+    if isinstance(right, torch.Tensor):
+        return torch.is_tensor(found) and torch.equal(found, right)
+    if isinstance(right, dict):
+        return found.keys() == right.keys() and all(
+            is_equal(found[key], value) for key, value in right.items()
+        )
+    if isinstance(right, (list, tuple)):
+        return len(found) == len(right) and all(map(is_equal, found, right))
+    return type(found) is type(right) and (hasattr(right, "__dict__") or bool(found == right))
+
+
 def judge_deepspeed(place: Path, tree: Tree, right: Tree, promised: str) -> str:
     """As `load_checkpoint(dir)` reads: what `latest` names, every file of it by torch.load."""
     latest = tree.get("latest")
@@ -76,13 +95,14 @@ def judge_deepspeed(place: Path, tree: Tree, right: Tree, promised: str) -> str:
     found = files_of(tree, tag)
     if not expected or found.keys() != expected.keys():
         return "does not load"
-    if found != expected:
-        for path in found:
-            try:
-                torch.load(place / path, weights_only=False, map_location="cpu")
-            except Exception:  # whatever it raises, the launch has no state
-                return "does not load"
-        return "loads wrong"
+    changed = [path for path in found if found[path] != expected[path]]
+    try:
+        loaded = [torch.load(place / path, weights_only=False) for path in changed]
+    except BROKEN:
+        return "does not load"
+    for path, value in zip(changed, loaded, strict=True):
+        if not is_equal(value, torch.load(io.BytesIO(expected[path]), weights_only=False)):
+            return "loads wrong"
     return "older than promised" if number_of(tag) < number_of(promised) else "as promised"
 
 
@@ -97,7 +117,7 @@ def judge_dcp(place: Path, tree: Tree, right: Tree, promised: str) -> str:
     target = {f"layer.{n}": torch.zeros(40_000) for n in range(2)}
     try:
         checkpoint.load(target, checkpoint_id=str(place / tags[-1]))
-    except (Exception, CheckpointException):  # whatever it raises, the launch has no state
+    except (*BROKEN, CheckpointException):
         return "does not load"
     for n in range(2):
         wanted = torch.arange(40_000) + 1000.0 * number_of(tags[-1]) + n

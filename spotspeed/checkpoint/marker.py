@@ -14,8 +14,9 @@ import json
 import re
 from dataclasses import asdict, dataclass
 
+from spotspeed.core.documents import check_stamp, stamp
 from spotspeed.core.lineage import place_of
-from spotspeed.core.manifest import MANIFEST_FILE, Manifest, canonical_json
+from spotspeed.core.manifest import MANIFEST_FILE, Manifest
 from spotspeed.errors import CorruptionError, FormatError, ObjectNotFoundError
 from spotspeed.storage import open_storage
 from spotspeed.storage.contract import Storage
@@ -63,7 +64,7 @@ def read_marker(folder: Storage, tag: str) -> Marker | None:
     except ObjectNotFoundError:
         return None
     try:
-        raw = json.loads(data)
+        raw = check_stamp(json.loads(data), f"{folder.url}/{key}")
         if raw.pop("format") != _FORMAT or raw.pop("version") != _VERSION:
             raise ValueError("another format or version")
         marker = Marker(**raw)
@@ -99,8 +100,8 @@ def mark(
     before = _marked_before(folder, tag, storage)
     ticket = manifest.ticket
     marker = Marker(storage.url, ticket.directory, manifest.digest, ticket.step, tag)
-    data = canonical_json({"format": _FORMAT, "version": _VERSION, **asdict(marker)})
-    folder.put(f"{tag}/{MARKER_FILE}", data + b"\n")
+    data = stamp({"format": _FORMAT, "version": _VERSION, **asdict(marker)})
+    folder.put(f"{tag}/{MARKER_FILE}", data)
     if is_latest:
         folder.put(LATEST_FILE, tag.encode())
     is_ours = before is not None and f".{attempt_prefix(folder_path, tag)}" in before

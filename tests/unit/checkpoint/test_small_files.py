@@ -13,6 +13,7 @@ import pytest
 from spotspeed import events
 from spotspeed.checkpoint.catalog import scan
 from spotspeed.checkpoint.commit import LATEST_KEY
+from spotspeed.checkpoint.marker import mark, read_latest, read_marker
 from spotspeed.checkpoint.ownership import (
     claim_epoch,
     epoch_key,
@@ -21,6 +22,7 @@ from spotspeed.checkpoint.ownership import (
     release,
     restored_key,
 )
+from spotspeed.checkpoint.sealed import open_manifest
 from spotspeed.core.owner import Identity
 from spotspeed.errors import CorruptionError
 from spotspeed.storage.local import LocalStorage
@@ -128,3 +130,25 @@ def test_records_of_version_1_0_are_still_read(store: LocalStorage, tmp_path: Pa
     with heard() as said:
         assert decided(store) == right
     assert said == []
+
+
+def test_damage_of_a_marker_names_it(store: LocalStorage, tmp_path: Path) -> None:
+    folder = LocalStorage(tmp_path.parent / f"{tmp_path.name}-markers")
+    [newest, *_] = scan(store).sealed
+    manifest = open_manifest(store, newest.directory)
+    mark(store, manifest, folder.url, "global_step25", is_latest=True)
+    path = Path(folder.url) / "global_step25" / "spotspeed.json"
+    data = path.read_bytes()
+    right = read_marker(folder, "global_step25")
+    assert right is not None and right.digest == newest.digest
+    for what, damaged in damages(data):
+        path.write_bytes(damaged or b"")
+        try:
+            found = read_marker(folder, "global_step25")
+        except CorruptionError as error:
+            assert "global_step25/spotspeed.json" in str(error)
+        else:
+            assert damaged == data[:-1] and found == right, f"{what}: only its line end is missing"
+    path.write_bytes(data)
+    assert read_marker(folder, "global_step25") == right
+    assert read_latest(folder) == "global_step25"
