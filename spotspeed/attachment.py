@@ -11,7 +11,8 @@ from spotspeed.checkpointer import Checkpointer
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.errors import SpotSpeedError
 from spotspeed.exit import watch_refusals
-from spotspeed.rehearsal import rehearsal_here, rehearse
+from spotspeed.rehearsal import rehearsal_here
+from spotspeed.rehearsing import redirected, rehearse
 from spotspeed.state import boundary
 from spotspeed.state.engine import Engine, require_block
 from spotspeed.state.late import Stateful
@@ -62,7 +63,7 @@ def _tie(engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
          state: Mapping[str, Stateful] | None = None) -> Checkpointer:  # fmt: skip
     watch_refusals()
     rehearsal = rehearsal_here()
-    block = config if rehearsal is None else rehearsal.block(config)
+    block = config if rehearsal is None else redirected(rehearsal, config)
     try:
         checkpointer = Checkpointer(engine, block, loader, state=state)
         if rehearsal is not None:

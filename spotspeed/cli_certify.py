@@ -1,4 +1,4 @@
-"""The verb `certify`: does this job resume bit for bit?"""
+"""The verb of the command line that tells whether a job resumes bit for bit."""
 
 from __future__ import annotations
 

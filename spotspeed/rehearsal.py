@@ -1,27 +1,15 @@
-"""A rank's part in `spotspeed certify`: train so many steps at a scratch path, log the losses, end.
+"""What `spotspeed certify` asks of a launch: how many steps, where to save, where to log.
 
-The environment variable SPOTSPEED_REHEARSAL, a JSON object, says how; see `Rehearsal`.
+It travels in the environment variable SPOTSPEED_REHEARSAL, as a JSON object.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import struct
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-
-from spotspeed.config import IntervalConfig, NoticeConfig, SpotSpeedConfig
 from spotspeed.errors import ConfigError
-from spotspeed.state import boundary
-
-if TYPE_CHECKING:
-    from spotspeed.checkpointer import Checkpointer
 
 VARIABLE = "SPOTSPEED_REHEARSAL"
 TAG = "certified"
@@ -45,13 +33,6 @@ class Rehearsal:
         """The value of the environment variable."""
         return json.dumps(asdict(self))
 
-    def block(self, config: SpotSpeedConfig) -> SpotSpeedConfig:
-        """The block, led to the scratch path, without saves or notices of its own accord."""
-        return config.model_copy(update={
-            "path": self.path, "local_path": None, "interval": IntervalConfig(seconds=None),
-            "notice": NoticeConfig(signals=(), cloud="none"),
-        })  # fmt: skip
-
 
 def rehearsal_here() -> Rehearsal | None:
     """The rehearsal that this process is part of, if any; ConfigError when it is garbled."""
@@ -62,78 +43,3 @@ def rehearsal_here() -> Rehearsal | None:
         return Rehearsal(**json.loads(text))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{VARIABLE}: not the rehearsal of a launch: {error}") from error
-
-
-class Rehearsing:
-    """The hooks of a rehearsed engine: its checkpointer's, and after the last step the end."""
-
-    def __init__(
-        self, checkpointer: Checkpointer, binding: boundary.Binding, rehearsal: Rehearsal
-    ) -> None:
-        self._inner, self._binding = checkpointer, binding
-        self._left = rehearsal.steps
-        self._losses: list[str] = []
-        self._micro_step = 0
-        place = Path(rehearsal.log)
-        place.mkdir(parents=True, exist_ok=True)
-        self._file = place / f"rank-{checkpointer.rank:05d}.losses"
-        engine: Any = checkpointer.engine
-        engine.backward = self._recording(engine.backward)
-
-    def before_update(self, engine: Any) -> None:
-        self._inner.before_update(engine)
-
-    def after_update(self, engine: Any) -> None:
-        self._inner.after_update(engine)
-        self._left -= 1
-        self._micro_step = 0
-        if not self._left:
-            # What the loop still does belongs to this step: the end is the next one's beginning.
-            self._binding.watches_forward = True
-
-    def before_forward(self, engine: Any) -> None:
-        if self._left <= 0:
-            self._end()
-        self._inner.before_forward(engine)
-
-    def on_save(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
-        return self._inner.on_save(engine, arguments)
-
-    def on_load(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
-        return self._inner.on_load(engine, arguments)
-
-    def on_destroy(self, engine: Any) -> None:
-        self._inner.on_destroy(engine)
-
-    def _recording(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        """`engine.backward`, which notes all bits of the loss that it is given."""
-
-        def record(loss: Any, *args: Any, **kwargs: Any) -> Any:
-            step = int(self._inner.engine.global_steps) + 1
-            bits = struct.pack("<d", float(loss.detach())).hex()
-            self._losses.append(f"{step} {self._micro_step} {bits}\n")
-            self._micro_step += 1
-            return backward(loss, *args, **kwargs)
-
-        return record
-
-    def _end(self) -> NoReturn:
-        """Save, make it durable, leave the losses, and end the script on all ranks."""
-        self._inner.save(TAG).wait()
-        self._inner.close()
-        self._file.write_text("".join(self._losses))
-        raise SystemExit(0)
-
-
-def rehearse(checkpointer: Checkpointer, rehearsal: Rehearsal, origin: str) -> None:
-    """Let the engine of `checkpointer` do what `rehearsal` says; `origin` is the block's path."""
-    from spotspeed.storage import open_storage
-
-    if rehearsal.is_first:
-        checkpointer.origin = open_storage(origin)
-        # Generators that the job never seeds would tell its launches apart, and nothing else.
-        random.seed(0)
-        np.random.seed(0)
-    binding = boundary.binding_of(checkpointer.engine)
-    assert binding is not None
-    binding.hooks = Rehearsing(checkpointer, binding, rehearsal)

@@ -36,7 +36,7 @@ ROOM_OF = {
     "__main__": "cli", "cli_certify": "cli", "cli_exchange": "cli", "cli_job": "cli",
     "launch": "run",
     "interruption": "checkpointer", "attachment": "checkpointer", "children": "run",
-    "rehearsal": "checkpointer", "supervised": "exit",
+    "rehearsal": "exit", "rehearsing": "checkpointer", "supervised": "exit",
     "doctor": "report", "api": "checkpointer", "dropin": "checkpointer",
 }  # fmt: skip
 """Modules beside the package's rooms, and the room each belongs to."""
