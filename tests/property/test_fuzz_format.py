@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tracemalloc
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -20,6 +21,7 @@ from spotspeed.core.format import (
     parse_footer,
     parse_header,
 )
+from spotspeed.core.frozen import ObjectRecord, object_path
 from spotspeed.core.index import ChunkRecord, ShardIndex, encode_index, parse_index
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
@@ -42,6 +44,17 @@ RECEIPTS = {
     )
     for rank in range(2)
 }
+CONTENT = "cd" * 32
+OBJECT = ObjectRecord(CONTENT, "0f" * 16, object_path(TICKET.directory, CONTENT), 9000, 8192, 700,
+                      "0a" * 32, 8)  # fmt: skip
+WITH_OBJECT = {
+    rank: encode_receipt(
+        replace(
+            decode_receipt(data, source="r"), coverage="00" * 16, objects=(OBJECT,) * (1 - rank)
+        )
+    )
+    for rank, data in RECEIPTS.items()
+}
 INDEX = ShardIndex(
     bytes(32), 0, 2, 4120,
     tuple(
@@ -58,6 +71,8 @@ STRUCTURES = {
     "index": (parse_index, encode_index(INDEX)),
     "receipt": (decode_receipt, RECEIPTS[0]),
     "manifest": (decode_manifest, seal_manifest(TICKET, RECEIPTS)[1]),
+    "receipt-2": (decode_receipt, WITH_OBJECT[0]),
+    "manifest-2": (decode_manifest, seal_manifest(TICKET, WITH_OBJECT)[1]),
 }
 
 
@@ -148,7 +163,7 @@ def json_only(value):
     return value
 
 
-@pytest.mark.parametrize("name", ["receipt", "manifest"])
+@pytest.mark.parametrize("name", ["receipt", "manifest", "receipt-2", "manifest-2"])
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_a_resealed_document_with_foreign_values_parses_or_is_corruption(name, data):
