@@ -20,6 +20,7 @@ from spotspeed.checkpoint.gc import collect
 from spotspeed.checkpoint.opened import OpenedCheckpoint
 from spotspeed.checkpoint.ownership import living_owner, read_epochs
 from spotspeed.checkpoint.reader import CheckpointReader
+from spotspeed.checkpoint.verify import Seen
 from spotspeed.core.retention import Keep
 from spotspeed.errors import CorruptionError, OwnedError, SpotSpeedError
 from spotspeed.storage import open_storage
@@ -121,13 +122,14 @@ def verify(path: Path, tag: Tag = None, as_json: Json = False) -> None:
     catalog = scan(storage)
     chosen = [find(storage, tag)] if tag else [*catalog.sealed, *catalog.off_lineage]
     documents: list[dict[str, Any]] = []
+    seen: Seen = {}
     for damaged in () if tag else catalog.damaged:
         documents.append({"directory": damaged.directory, "damages": [damaged.cause]})
     for info in chosen:
         with errors.status(f"reading {info.directory}, {size_text(info.size_bytes)}"):
             began = time.monotonic()
             reader = CheckpointReader.open(storage, info.directory, digest=info.digest)
-            report = reader.find_damage()
+            report = reader.find_damage(seen)
         documents.append({
             "directory": info.directory, "tag": info.tag, "files": report.files,
             "bytes_read": report.bytes_read, "elapsed_s": time.monotonic() - began,
@@ -172,6 +174,8 @@ def gc(
     word = "would remove" if dry_run else "removed"
     for removal in done.removals:
         console.print(f"{word} {removal.directory}: {removal.reason}")
+    for key in done.frozen:
+        console.print(f"{word} {key}: no checkpoint refers to it")
     console.print(f"{word} {len(done.removals)} directories, {size_text(done.size_bytes)}")
 
 

@@ -31,6 +31,8 @@ class CheckpointInfo:
     digest: str
     """SHA-256 (hex) of the sealed manifest."""
     created_unix_s: int
+    object_bytes: int = 0
+    """Bytes of the frozen objects that it refers to, which other checkpoints may share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ def describe(manifest: Manifest) -> CheckpointInfo:
     ticket = manifest.ticket
     return CheckpointInfo(ticket.directory, ticket.tag, ticket.step, ticket.epoch, ticket.reason,
                           ticket.world_size, manifest.data_bytes, manifest.digest,
-                          ticket.created_unix_s)  # fmt: skip
+                          ticket.created_unix_s, manifest.object_bytes)  # fmt: skip
 
 
 def _age(info: CheckpointInfo) -> tuple[int, int, int, str]:

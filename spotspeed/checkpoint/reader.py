@@ -22,7 +22,7 @@ from spotspeed.checkpoint.sealed import (
     open_shard,
     place,
 )
-from spotspeed.checkpoint.verify import VerifyReport, verify_checkpoint
+from spotspeed.checkpoint.verify import Seen, VerifyReport, verify_checkpoint
 from spotspeed.core.format import FOOTER_BYTES
 from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.interval import Interval
@@ -161,9 +161,12 @@ class CheckpointReader:
             raise report.damages[0]
         return report
 
-    def find_damage(self) -> VerifyReport:
-        """Read every file whole and report all damage; uses nothing that was read before."""
-        return verify_checkpoint(self._storage, self._manifest, threads=self._threads)
+    def find_damage(self, seen: Seen | None = None) -> VerifyReport:
+        """Read every file whole and report all damage; uses nothing that was read before.
+
+        With `seen`, frozen objects that several checkpoints refer to are read once.
+        """
+        return verify_checkpoint(self._storage, self._manifest, threads=self._threads, seen=seen)
 
     def _open(self) -> list[OpenShard]:
         with self._lock:

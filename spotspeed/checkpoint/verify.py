@@ -67,7 +67,13 @@ class _ShardReport:
     damages: tuple[CorruptionError, ...]
 
 
-def verify_checkpoint(storage: Storage, manifest: Manifest, *, threads: int = 4) -> VerifyReport:
+Seen = dict[tuple[str, str], tuple[CorruptionError, ...]]
+"""Damage of frozen objects that have been read, by path and the digest of their index."""
+
+
+def verify_checkpoint(
+    storage: Storage, manifest: Manifest, *, threads: int = 4, seen: Seen | None = None
+) -> VerifyReport:
     """Read manifest, receipts, shards and objects of a checkpoint whole; memory is bounded.
 
     Never raises for damage, which is what the report is for; other storage errors pass through.
@@ -84,7 +90,10 @@ def verify_checkpoint(storage: Storage, manifest: Manifest, *, threads: int = 4)
     parts = in_parallel(lambda rank: _open_rank(storage, manifest, rank), ranks, threads=threads)
     opened = [shard for part in parts for shard in part.shards]
     damages += [damage for part in parts for damage in part.damages]
-    reports = in_parallel(lambda shard: _verify_shard(storage, shard), opened, threads=threads)
+    known = {} if seen is None else seen
+    reports = in_parallel(
+        lambda shard: _verify_once(storage, shard, known), opened, threads=threads
+    )
     for report in reports:
         damages += report.damages
     if all(part.is_complete for part in parts):
@@ -110,6 +119,18 @@ def _open_rank(storage: Storage, manifest: Manifest, rank: int) -> _RankPart:
             damages.append(error)
     files = 2 + len(receipt.objects)
     return _RankPart(tuple(shards), tuple(damages), files, manifest.receipts[rank].size_bytes)
+
+
+def _verify_once(storage: Storage, shard: OpenShard, seen: Seen) -> _ShardReport:
+    """As `_verify_shard`; an object that has been `seen` is not read again."""
+    if shard.object is None:
+        return _verify_shard(storage, shard)
+    key = shard.object.path, shard.object.index_sha256
+    if key in seen:
+        return _ShardReport(0, seen[key])
+    report = _verify_shard(storage, shard)
+    seen[key] = report.damages
+    return report
 
 
 def _verify_shard(storage: Storage, shard: OpenShard) -> _ShardReport:

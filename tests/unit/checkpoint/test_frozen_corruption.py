@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spotspeed.checkpoint.catalog import list_sealed
 from spotspeed.checkpoint.commit import try_seal
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.shard import ShardWriter
+from spotspeed.checkpoint.verify import Seen
 from spotspeed.codec import CodecPolicy, digest
 from spotspeed.core.chunks import pack
 from spotspeed.core.frozen import ObjectRecord, content_of
@@ -85,6 +87,21 @@ def test_the_undamaged_object_is_read_through_both(sealed):
         reader = CheckpointReader(storage, manifest)
         assert reader.verify().files == 4
         assert reader.read_tensor(FROZEN).tobytes() == VALUES.tobytes()
+
+
+def test_verifying_several_checkpoints_reads_their_common_object_once(sealed):
+    storage, manifests, path = sealed
+    seen: Seen = {}
+    first, second = (CheckpointReader(storage, m).find_damage(seen) for m in manifests)
+    size = path.stat().st_size
+    assert first.bytes_read == second.bytes_read + size
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    seen = {}
+    for manifest in manifests:
+        assert len(CheckpointReader(storage, manifest).find_damage(seen).damages) == 1
+    assert [info.object_bytes for info in list_sealed(storage)] == [size, size]
 
 
 def test_a_flip_cut_tail_or_hole_anywhere_is_found(sealed):
