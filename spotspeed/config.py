@@ -117,7 +117,7 @@ class SpotSpeedConfig(_Section):
     path: Annotated[str, Field(min_length=1)]
     """Where checkpoints live: a directory that all ranks see, or an fsspec URL."""
     local_path: Annotated[str, Field(min_length=1)] | None = None
-    """Optional fast tier of each node, drained to `path`."""
+    """Optional fast tier: a directory on each node's own disk, drained to `path`."""
     interval: IntervalConfig = IntervalConfig()
     keep: KeepConfig = KeepConfig()
     compression: Literal["zstd", "none"] | None = None
@@ -130,6 +130,16 @@ class SpotSpeedConfig(_Section):
     on_interrupt: OnInterruptConfig = OnInterruptConfig()
     take_over: bool = False
     """Take the path over from a job that still looks alive."""
+
+    @field_validator("local_path")
+    @classmethod
+    def _is_directory(cls, value: str | None) -> str | None:
+        scheme, separator, _ = (value or "").partition("://")
+        if separator:
+            raise ValueError(
+                f"a {scheme}:// URL is no disk of this node; give a directory, and the URL to path"
+            )
+        return value
 
 
 def parse_block(block: object) -> SpotSpeedConfig:
@@ -164,7 +174,6 @@ def near_misses(config: Mapping[str, Any]) -> list[str]:
 def _not_built(config: SpotSpeedConfig) -> list[str]:
     """Settings that are part of the block and that this version cannot honour."""
     asked = {
-        "local_path": config.local_path is not None,
         "interval.adaptive": config.interval.adaptive,
         "coordinator.transport": config.coordinator.transport is not None,
         "elastic.indivisible": config.elastic.indivisible != "refuse",

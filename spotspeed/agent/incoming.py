@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from spotspeed.core.chunks import StreamLayout
+from spotspeed.core.frozen import ObjectRecord
+from spotspeed.core.manifest import Ticket
 from spotspeed.core.saver_protocol import Begin
 from spotspeed.errors import FormatError, StorageError
 
-State = Literal["arriving", "written", "sealed", "stored", "failed"]
-"""`written`: this rank's part is durable; `stored`: and a first attempt to seal found others
-missing. The last three are settled, as far as this saver's own work is concerned."""
+State = Literal["arriving", "kept", "written", "sealed", "stored", "failed"]
+"""`kept`: this rank's part is durable on the node's own disk; `written`: at the store; `stored`:
+and a first attempt to seal found others missing. The last three are settled, as far as this saver's
+own work is concerned."""
 
 
 class StoppedError(StorageError):
@@ -34,21 +37,51 @@ class SaveProgress:
         """Bytes that are not yet written, before compression."""
         return 0 if self.is_settled else max(0, self.raw_bytes - self.written_bytes)
 
+    def keep(self, size_bytes: int) -> None:
+        """It is durable on the node; `size_bytes` are now to be drained from there."""
+        self.raw_bytes, self.written_bytes, self.state = size_bytes, 0, "kept"
+
     @property
     def is_settled(self) -> bool:
         """Whether this saver has done what it alone can do."""
         return self.state in ("sealed", "stored", "failed")
 
 
+class Part(Protocol):
+    """One rank's part of a save, from a rank or found on the node's disk."""
+
+    @property
+    def ticket(self) -> Ticket: ...
+
+    @property
+    def progress(self) -> SaveProgress: ...
+
+    @property
+    def stopped(self) -> StoppedError | None:
+        """Why nobody wants it any more."""
+
+    def pause(self, seconds: float) -> None:
+        """Wait between two attempts; raises StoppedError as soon as it is stopped."""
+
+
 class IncomingSave:
     """A save being received by the reader thread and stored by the writer thread of a session."""
 
-    def __init__(self, begin: Begin, layout: StreamLayout) -> None:
+    def __init__(
+        self, begin: Begin, layout: StreamLayout, parts: tuple[StreamLayout, ...] = ()
+    ) -> None:
+        """`layout` is that of all chunks, `parts` those of the frozen objects and of the shard."""
         self.number = begin.save
         self.ticket = begin.ticket
         self.rank = begin.rank
         self.compression = begin.compression
         self.layout = layout
+        self.parts = parts or (layout,)
+        self.new_objects, self.referred = begin.objects, begin.referred
+        self.objects: tuple[ObjectRecord, ...] | None = None
+        """Frozen objects of the receipt, new ones first; None until all are durable."""
+        self.is_promised = False
+        """Whether a receipt may exist, so that nothing that it refers to may be removed."""
         self.progress = SaveProgress(begin.ticket.epoch, begin.ticket.directory, layout.raw_bytes)
         self._slots: list[int] = []
         self._has_ended = False

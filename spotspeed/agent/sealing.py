@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from spotspeed.agent.incoming import IncomingSave
+from spotspeed.agent.incoming import Part
 from spotspeed.checkpoint.commit import try_seal
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.errors import SpotSpeedError, StorageError
@@ -23,12 +24,13 @@ SEAL_TIMEOUT_S = 3600.0
 come later, the last of them still seals it."""
 _logger = logging.getLogger("spotspeed")
 
-Outcome = Callable[[IncomingSave, Manifest | SpotSpeedError], None]
+Outcome = Callable[[Any, Manifest | SpotSpeedError], None]
+"""Called with the part that was added, and what became of its checkpoint."""
 
 
 @dataclass(slots=True, eq=False)
 class _Watched:
-    save: IncomingSave
+    save: Part
     on_outcome: Outcome
     is_wanted: Callable[[], bool]
     began: float
@@ -51,9 +53,7 @@ class Sealer:
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="sealer", daemon=True).start()
 
-    def add(
-        self, save: IncomingSave, on_outcome: Outcome, *, is_wanted: Callable[[], bool]
-    ) -> None:
+    def add(self, save: Part, on_outcome: Outcome, *, is_wanted: Callable[[], bool]) -> None:
         """Watch `save`; `on_outcome` is called once, on the sealer's thread.
 
         While `is_wanted()` is false (the rank is gone) the save is let go after a first attempt

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from spotspeed.agent.arena import SlotArena, create_arena
 from spotspeed.agent.incoming import SaveProgress, State
+from spotspeed.agent.node_tier import NodeTier
 from spotspeed.agent.sealing import Sealer
 from spotspeed.agent.session import Session
 from spotspeed.agent.writing import encoder_threads
@@ -60,6 +61,8 @@ class Server:
         self._active: list[SaveProgress] = []
         self._history: deque[SaveProgress] = deque(maxlen=HISTORY)
         self._lock = threading.Lock()
+        self._tiers: dict[str, NodeTier] = {}
+        self._tiers_lock = threading.Lock()
         self._is_leaving = False
         self._obstacle = ""
         try:
@@ -87,13 +90,30 @@ class Server:
                     deadline = now + LINGER_S
                 elif now > deadline or self._is_leaving:
                     self._listener.close()
-                    return
+                    break
+        for tier in self._tiers.values():
+            tier.close()
 
     def began(self, save: SaveProgress) -> None:
         """Stay until `save` is settled, and remember it for the answers to drains."""
         with self._lock:
             self._active.append(save)
             self._history.append(save)
+
+    def tier(self, local_path: str) -> NodeTier:
+        """The tier below `local_path`; what earlier savers left there begins to be drained.
+
+        One that cannot be used now is tried again by each save.
+        """
+        with self._tiers_lock:
+            if local_path not in self._tiers:
+                self._tiers[local_path] = NodeTier(local_path, self)
+            tier = self._tiers[local_path]
+            try:
+                tier.open()
+            except SpotSpeedError as error:
+                _logger.warning("%s cannot be used for now: %s", local_path, error)
+            return tier
 
     def drain(self, before_epoch: int, session: Session) -> None:
         """Tell `session` how far the older saves are, until all are settled."""

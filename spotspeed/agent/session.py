@@ -11,19 +11,22 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 from spotspeed.agent.arena import SlotArena
 from spotspeed.agent.incoming import IncomingSave, SaveProgress, StoppedError
 from spotspeed.agent.ledger import SlotLedger
+from spotspeed.agent.node_tier import NodeTier
 from spotspeed.agent.renewal import Renewal
 from spotspeed.agent.sealing import Sealer
 from spotspeed.agent.writing import Workshop, store
-from spotspeed.core.chunks import pack
+from spotspeed.core.chunks import join, pack_parts
 from spotspeed.core.manifest import Manifest, encode_manifest
 from spotspeed.core.saver_protocol import (
     Abandon,
     Begin,
+    Bypassed,
     Chunks,
     Decoder,
     Drain,
@@ -31,12 +34,14 @@ from spotspeed.core.saver_protocol import (
     Failed,
     Freed,
     Hello,
+    Kept,
     Message,
     Need,
     Notify,
     Renew,
     Sealed,
     Stored,
+    UseTier,
     encode,
 )
 from spotspeed.errors import FormatError, SpotSpeedError, StorageError
@@ -62,6 +67,9 @@ class House(Protocol):
 
     def began(self, save: SaveProgress) -> None:
         """A save has begun to arrive."""
+
+    def tier(self, local_path: str) -> NodeTier:
+        """The tier of this node below `local_path`, the same for all sessions."""
 
     def drain(self, before_epoch: int, session: Session) -> None:
         """Answer `session` until the saves of older epochs are settled."""
@@ -90,6 +98,7 @@ class Session:
         )
         self._is_deaf = False
         self._renewal: Renewal | None = None
+        self._tier: NodeTier | None = None
         self._send_lock = threading.Lock()
         self._ledger = SlotLedger(arena.slot_count if arena else 0, self._free)
         self._saves: dict[int, IncomingSave] = {}
@@ -167,6 +176,8 @@ class Session:
                     if self._renewal is not None:
                         self._renewal.stop()
                     self._renewal = Renewal(house.storage, epoch, period_s)
+            case UseTier(local_path):
+                self._tier = house.tier(local_path)
             case Notify():
                 house.notify(message)
             case _:
@@ -181,14 +192,16 @@ class Session:
             raise FormatError(f"save {begin.save}: no arena with slots of {begin.chunk_bytes}")
         if begin.save <= self._last_number:
             raise FormatError(f"save {begin.save} begun after {self._last_number}")
-        layout = pack(begin.fragments, chunk_bytes=begin.chunk_bytes)
+        counts = [item.fragment_count for item in begin.objects]
+        parts = pack_parts(begin.fragments, counts, chunk_bytes=begin.chunk_bytes)
+        layout = join(parts, counts)
         if (len(layout.chunks), layout.raw_bytes) != (begin.chunk_count, begin.raw_bytes):
             raise FormatError(
                 f"save {begin.save}: {begin.chunk_count} chunks and {begin.raw_bytes} bytes "
                 f"announced, the layout has {len(layout.chunks)} and {layout.raw_bytes}"
             )
         self._last_number = begin.save
-        save = IncomingSave(begin, layout)
+        save = IncomingSave(begin, layout, parts)
         self._saves[save.number] = save
         house.began(save.progress)
         self._queue.put(save)
@@ -199,10 +212,10 @@ class Session:
             assert self.arena is not None
             workshop = Workshop(
                 house.storage, self.arena, self._ledger, house.encoders,
-                lambda: not self.is_connected,
+                lambda: not self.is_connected, self._tier, self._bypassed,
             )  # fmt: skip
             try:
-                store(save, workshop)
+                part = store(save, workshop)
             except SpotSpeedError as error:
                 self._fail(save, error, house)
                 continue
@@ -213,9 +226,28 @@ class Session:
                 continue
             finally:
                 self._ledger.settle(save.number)
-            save.progress.state = "written"
-            self.send(Stored(save.number))
-            house.sealer.add(save, self._settled, is_wanted=lambda: self.is_connected)
+            if part is None or self._tier is None:
+                self._stored(save, house)
+            else:
+                save.progress.keep(part.size_bytes)
+                self.send(Kept(save.number, part.size_bytes))
+                self._tier.drain(part, save, partial(self._drained, save, house))
+
+    def _drained(self, save: IncomingSave, house: House, error: SpotSpeedError | None) -> None:
+        """What the node's disk held has come to the store, or will not."""
+        if error is None:
+            self._stored(save, house)
+        else:
+            self._fail(save, error, house)
+
+    def _stored(self, save: IncomingSave, house: House) -> None:
+        """This rank's part is durable at the store; the others' may be."""
+        save.progress.state = "written"
+        self.send(Stored(save.number, save.objects or ()))
+        house.sealer.add(save, self._settled, is_wanted=lambda: self.is_connected)
+
+    def _bypassed(self, save: IncomingSave, cause: str) -> None:
+        self.send(Bypassed(save.number, cause))
 
     def _fail(self, save: IncomingSave, error: SpotSpeedError, house: House) -> None:
         _logger.log(
@@ -229,6 +261,8 @@ class Session:
         """Report the end of a save."""
         if isinstance(outcome, Manifest):
             save.progress.state = "sealed"
+            if self._tier is not None:
+                self._tier.sealed(outcome)
             self.send(Sealed(save.number, encode_manifest(outcome)))
         else:
             save.progress.state = "failed"

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import TypeVar
 
 from spotspeed.agent.arena import SlotArena
 from spotspeed.agent.incoming import IncomingSave, StoppedError
 from spotspeed.agent.ledger import SlotLedger
+from spotspeed.agent.node_tier import NodeSink, NodeTier
 from spotspeed.checkpoint.shard import EncodedChunk, ShardWriter
+from spotspeed.checkpoint.tiers import NodePart
 from spotspeed.codec import CodecPolicy
-from spotspeed.errors import StorageError
+from spotspeed.core.frozen import ObjectRecord, object_path
+from spotspeed.core.manifest import Receipt
+from spotspeed.errors import CorruptionError, ObjectNotFoundError, SpotSpeedError, StorageError
 from spotspeed.storage.contract import Storage
 
 LOOKAHEAD = 4
@@ -24,20 +30,29 @@ RETRY_S = 5.0
 """How long a failing store is tried again while the rank lives and its chunks are in memory."""
 ORPHAN_RETRY_S = 60.0
 """The same when the rank is gone: nobody else can save this state any more."""
+ENCODE_BYTES_PER_S = 0.5e9
+"""About what one core compresses (benchmarks/codec.py); a store that takes more gets raw chunks."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
+T = TypeVar("T")
 _logger = logging.getLogger("spotspeed")
 
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What storing needs besides the save: the store, the chunks' memory, threads to encode."""
+    """What storing needs besides the save: the store, the chunks' memory, threads to encode.
+
+    With a `tier`, the part is written there, and only what that does not take to the store, which
+    `on_bypass` is told.
+    """
 
     storage: Storage
     arena: SlotArena
     ledger: SlotLedger
     encoders: ThreadPoolExecutor
     is_orphaned: Callable[[], bool]
+    tier: NodeTier | None = None
+    on_bypass: Callable[[IncomingSave, str], None] = lambda save, cause: None
 
 
 def encoder_threads() -> int:
@@ -45,18 +60,48 @@ def encoder_threads() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0)) // 2))
 
 
-def store(save: IncomingSave, workshop: Workshop) -> None:
+def store(save: IncomingSave, workshop: Workshop) -> NodePart | None:
     """Write shard and receipt; both are durable on return.
 
-    A failed attempt is repeated as long as all chunks are still in memory. Raises StoppedError
-    when the save was abandoned or cut short, StorageError when the store keeps failing; then
-    nothing of it is left but what a crashed store could not remove.
+    Returns the part when that is on this node only, None when it is at the store. A failed attempt
+    is repeated as long as all chunks are still in memory. Raises StoppedError when the save was
+    abandoned or cut short, StorageError when the store keeps failing; then nothing of it is left
+    but what a crashed store could not remove.
     """
+    try:
+        return _store(save, workshop)
+    except SpotSpeedError:
+        _discard_objects(save, workshop.storage)
+        raise
+
+
+def _store(save: IncomingSave, workshop: Workshop) -> NodePart | None:
+    with contextlib.ExitStack() as stack:
+        node = None
+        if workshop.tier is not None:
+            try:
+                node = stack.enter_context(workshop.tier.sink(save))
+            except StorageError as error:
+                _bypass(save, workshop, error)
+        if node is not None:
+            try:
+                return _store_once(save, workshop, node)
+            except StoppedError:
+                raise
+            except StorageError as error:
+                if not workshop.ledger.is_repeatable(save.number):
+                    raise
+                _bypass(save, workshop, error)
+    _store_remote(save, workshop)
+    return None
+
+
+def _store_remote(save: IncomingSave, workshop: Workshop) -> None:
     first_failure: float | None = None
     pause_s = _FIRST_PAUSE_S
     while True:
         try:
-            _store_once(save, workshop)
+            _store_once(save, workshop, None)
             return
         except StoppedError:
             raise
@@ -76,23 +121,126 @@ def store(save: IncomingSave, workshop: Workshop) -> None:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-def _store_once(save: IncomingSave, workshop: Workshop) -> None:
-    policy = _policy(save, workshop.storage)
-    save.progress.written_bytes = 0
-    ahead: deque[tuple[int, Future[EncodedChunk]]] = deque()
-    with ShardWriter(workshop.storage, save.ticket, save.rank, save.layout, policy) as writer:
+class _Writing:
+    """A shard being written to the tier, or to the store when there is none or it fails."""
+
+    def __init__(
+        self, writer: ShardWriter, node: NodeSink | None, save: IncomingSave, workshop: Workshop
+    ) -> None:
+        self.writer, self.node = writer, node
+        self._save, self._workshop = save, workshop
+
+    def put(self, chunk: EncodedChunk) -> None:
+        self._insist(lambda: self.writer.put(chunk))
+
+    def finish(self) -> Receipt:
+        return self._insist(lambda: self.writer.finish(self._save.objects or ()))
+
+    def _insist(self, call: Callable[[], T]) -> T:
+        """`call`, once more after a move to the store when the tier fails in it."""
         try:
-            for chunk in save.layout.chunks:
-                _encode_ahead(save, workshop, writer, ahead, chunk.index)
-                slot, encoding = ahead.popleft()
-                writer.put(encoding.result())
-                save.progress.written_bytes = chunk.raw_stop
-                workshop.ledger.written(slot)
-        finally:
-            # The encoders read slots that are given back once this save is settled.
-            wait([encoding for _, encoding in ahead])
+            return call()
+        except StorageError as error:
+            if self.node is None:
+                raise
+            node, self.node = self.node, None
+            _bypass(self._save, self._workshop, error)
+            try:
+                self.writer.move(self._workshop.storage, node.read_back)
+            except CorruptionError as damage:
+                raise StorageError(f"{error}; and it cannot be read back: {damage}") from damage
+            node.discard(self._save.rank)
+            return call()
+
+
+def _store_once(save: IncomingSave, workshop: Workshop, node: NodeSink | None) -> NodePart | None:
+    policy = _policy(save, workshop)
+    save.progress.written_bytes = 0
+    if save.objects is None:
+        save.objects = (*_store_objects(save, workshop, policy), *save.referred)
+    if node is None:
+        _check_referred(save, workshop.storage)
+    sink = workshop.storage if node is None else node
+    with ShardWriter(sink, save.ticket, save.rank, save.parts[-1], policy) as writer:
+        writing = _Writing(writer, node, save, workshop)
+        first = len(save.layout.chunks) - len(save.parts[-1].chunks)
+        for raw_stop in _put_chunks(save, workshop, writer, writing.put, first):
+            if writing.node is None:
+                save.progress.written_bytes = raw_stop
         save.wait_end()
-        writer.finish()
+        save.is_promised = True
+        receipt = writing.finish()
+    if writing.node is None:
+        return None
+    writing.node.is_kept = True
+    return NodePart(receipt)
+
+
+def _bypass(save: IncomingSave, workshop: Workshop, error: StorageError) -> None:
+    _logger.warning("%s goes straight to the store: %s", save, error)
+    workshop.on_bypass(save, str(error))
+
+
+def _store_objects(
+    save: IncomingSave, workshop: Workshop, policy: CodecPolicy
+) -> Iterator[ObjectRecord]:
+    """Write the frozen objects of a save, at the store itself, one after the other."""
+    first = 0
+    for item, layout in zip(save.new_objects, save.parts[:-1], strict=True):
+        with ShardWriter(
+            workshop.storage, save.ticket, save.rank, layout, policy, content=item.content
+        ) as writer:
+            for raw_stop in _put_chunks(save, workshop, writer, writer.put, first):
+                save.progress.written_bytes = raw_stop
+            yield writer.finish_object()
+        first += len(layout.chunks)
+
+
+def _check_referred(save: IncomingSave, storage: Storage) -> None:
+    """Raise CorruptionError when a frozen object that is not written again is not there."""
+    for item in save.referred:
+        try:
+            found = storage.size(item.path)
+        except ObjectNotFoundError:
+            found = -1
+        if found != item.size_bytes:
+            state = "is gone" if found < 0 else f"has {found} bytes instead of {item.size_bytes}"
+            raise CorruptionError(
+                f"{storage.url}/{item.path}: this frozen object {state}; the next save writes "
+                f"the weights again"
+            )
+
+
+def _discard_objects(save: IncomingSave, storage: Storage) -> None:
+    """Remove what a failed save has written of its own; nobody can refer to it."""
+    if not save.is_promised:
+        for item in save.new_objects:
+            with contextlib.suppress(StorageError):
+                storage.delete(object_path(save.ticket.directory, item.content))
+
+
+def _put_chunks(
+    save: IncomingSave,
+    workshop: Workshop,
+    writer: ShardWriter,
+    put: Callable[[EncodedChunk], None],
+    first: int,
+) -> Iterator[int]:
+    """Encode and put a file's chunks, whose first is number `first` of the save's.
+
+    Yields, after each, how far the save's raw stream is written.
+    """
+    ahead: deque[tuple[int, Future[EncodedChunk]]] = deque()
+    try:
+        for index in range(first, first + len(writer.layout.chunks)):
+            _encode_ahead(save, workshop, writer, ahead, (first, index))
+            slot, encoding = ahead.popleft()
+            put(encoding.result())
+            workshop.ledger.written(slot)
+            yield save.layout.chunks[index].raw_stop
+    finally:
+        # The encoders read slots that are given back once this save is settled.
+        wait([encoding for _, encoding in ahead])
 
 
 def _encode_ahead(
@@ -100,20 +248,28 @@ def _encode_ahead(
     workshop: Workshop,
     writer: ShardWriter,
     ahead: deque[tuple[int, Future[EncodedChunk]]],
-    index: int,
+    at: tuple[int, int],
 ) -> None:
-    """Keep up to LOOKAHEAD chunks from `index` on being encoded; waits only for the first."""
-    stop = min(index + LOOKAHEAD, len(save.layout.chunks))
+    """Keep up to LOOKAHEAD chunks being encoded; waits only for the first.
+
+    `at` is the number, in the save, of the file's first chunk and of the one to be put next.
+    """
+    first, index = at
+    stop = min(index + LOOKAHEAD, first + len(writer.layout.chunks))
     for number in range(index + len(ahead), stop):
         slot = save.slot(number, wait=number == index)
         if slot is None:
             return
         view = workshop.arena.view(slot, save.layout.chunks[number].size_bytes)
-        ahead.append((slot, workshop.encoders.submit(writer.encode, number, view)))
+        ahead.append((slot, workshop.encoders.submit(writer.encode, number - first, view)))
 
 
-def _policy(save: IncomingSave, storage: Storage) -> CodecPolicy:
-    is_local = "://" not in storage.url
+def _policy(save: IncomingSave, workshop: Workshop) -> CodecPolicy:
+    """Chunks are encoded once, for the store: that is where they go in the end."""
+    is_local = "://" not in workshop.storage.url
+    speed = None if workshop.tier is None else workshop.tier.bytes_per_s
+    if speed is not None:
+        is_local = speed > encoder_threads() * ENCODE_BYTES_PER_S
     match save.compression:
         case "zstd":
             return CodecPolicy.choose("zstd", is_local=is_local)

@@ -17,12 +17,14 @@ from typing import Any, Final
 
 import msgpack
 
+from spotspeed.core.documents import build, check_int, check_sha256
+from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.core.manifest import Ticket
 from spotspeed.errors import FormatError, InvalidLayoutError
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
 MAX_SLOTS: Final = 1 << 20
 MAX_EPOCH: Final = 2**53
@@ -44,6 +46,14 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class NewObject:
+    """A frozen object to be written: its content (core/frozen.py) and its number of fragments."""
+
+    content: str
+    fragment_count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Begin:
     """Announces a save of this rank: what `core.chunks.pack` is to lay out, and the result's size.
 
@@ -58,6 +68,10 @@ class Begin:
     raw_bytes: int
     compression: str
     fragments: tuple[Fragment, ...]
+    objects: tuple[NewObject, ...] = ()
+    """Frozen objects to be written; their fragments and chunks come first, in this order."""
+    referred: tuple[ObjectRecord, ...] = ()
+    """Frozen objects that are stored already and hold the rest of this rank's part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +121,16 @@ class Renew:
 
 
 @dataclass(frozen=True, slots=True)
+class UseTier:
+    """Write this session's saves to the node's own disk below `local_path`, and drain them.
+
+    What earlier savers left there is drained from now on, and counts for a later Drain.
+    """
+
+    local_path: str
+
+
+@dataclass(frozen=True, slots=True)
 class Notify:
     """This machine goes away in `deadline_s` seconds: tell every rank of the node.
 
@@ -142,10 +166,27 @@ class Freed:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """This rank's shard and receipt are durable."""
+class Kept:
+    """This rank's shard and receipt are durable on the node's own disk; Stored follows."""
 
     save: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bypassed:
+    """The node's own disk does not take this save, which goes straight to the store."""
+
+    save: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """This rank's shard and receipt are durable, and the frozen objects that they refer to."""
+
+    save: int
+    objects: tuple[ObjectRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +231,16 @@ class Noticed:
 
 
 Message = (
-    Hello | Begin | Chunks | End | Abandon | Need | Drain | Renew | Notify
-    | Welcome | Refused | Freed | Stored | Sealed | Failed | Progress | Drained | Noticed
+    Hello | Begin | Chunks | End | Abandon | Need | Drain | Renew | Notify | UseTier
+    | Welcome | Refused | Freed | Kept | Bypassed | Stored | Sealed | Failed | Progress | Drained
+    | Noticed
 )  # fmt: skip
 
 _CODES: dict[int, type[Any]] = {
     1: Hello, 2: Begin, 3: Chunks, 4: End, 5: Abandon, 6: Need, 7: Drain, 8: Renew, 9: Notify,
+    10: UseTier,
     33: Welcome, 34: Refused, 35: Freed, 36: Stored, 37: Sealed, 38: Failed, 39: Progress,
-    40: Drained, 41: Noticed,
+    40: Drained, 41: Noticed, 42: Kept, 43: Bypassed,
 }  # fmt: skip
 _CODE_OF = {kind: code for code, kind in _CODES.items()}
 
@@ -279,7 +322,7 @@ def decode(payload: bytes) -> Message:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Ticket):
+    if isinstance(value, (Ticket, ObjectRecord, NewObject)):
         return asdict(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
@@ -319,6 +362,13 @@ def _fragment(value: Any) -> Fragment:
     return Fragment(key, _check(dtype, str), dimensions, Interval(_int(start), _int(stop)))
 
 
+def _new_object(value: Any) -> NewObject:
+    found: NewObject = build(NewObject, value, "saver socket: a new object")
+    check_sha256("content", found.content)
+    check_int("fragment_count", found.fragment_count, 1, MAX_SLOTS)
+    return found
+
+
 def _tuple_of(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return lambda value: tuple(parse(item) for item in _check(value, list))
 
@@ -336,6 +386,10 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "tuple[int, ...]": _tuple_of(_int),
     "tuple[str, ...]": _tuple_of(_str),
     "tuple[Fragment, ...]": _tuple_of(_fragment),
+    "tuple[NewObject, ...]": _tuple_of(_new_object),
+    "tuple[ObjectRecord, ...]": _tuple_of(
+        lambda value: build(ObjectRecord, value, "saver socket: an object")
+    ),
     "Ticket": lambda value: Ticket(**_check(value, dict)),
 }
 """How a field of each annotation is read back."""

@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.manifest import Manifest, decode_manifest
 from spotspeed.core.saver_protocol import (
+    Bypassed,
     Drain,
     Drained,
     Failed,
     Freed,
     Hello,
+    Kept,
     Message,
     Noticed,
     Notify,
@@ -25,6 +28,7 @@ from spotspeed.core.saver_protocol import (
     Renew,
     Sealed,
     Stored,
+    UseTier,
     encode,
 )
 from spotspeed.errors import FormatError, SpotSpeedError, StorageError
@@ -50,8 +54,14 @@ OnNotice = Callable[[float, str], None]
 class SaveListener(Protocol):
     """Hears what becomes of one save; called on the session's reader thread, must not block."""
 
-    def stored(self) -> None:
-        """This rank's shard and receipt are durable."""
+    def kept(self, size_bytes: int) -> None:
+        """This rank's shard and receipt are durable on the node's own disk."""
+
+    def bypassed(self, cause: str) -> None:
+        """The node's own disk does not take them; they go straight to the store."""
+
+    def stored(self, objects: tuple[ObjectRecord, ...]) -> None:
+        """This rank's shard and receipt are durable at the store, with these frozen objects."""
 
     def sealed(self, manifest: Manifest, stored_form: bytes) -> None:
         """The checkpoint is sealed; the last call."""
@@ -147,6 +157,13 @@ class SaverSession:
         """Let the saver renew the owner record of `epoch` while this rank or its saves live."""
         self.send(Renew(epoch, period_s))
 
+    def use_tier(self, local_path: str) -> None:
+        """Have this session's saves written to the node's disk below `local_path` first.
+
+        What earlier savers left there is drained from now on, and waited for by `drain`.
+        """
+        self.send(UseTier(local_path))
+
     def notify(self, deadline_s: float, source: str) -> None:
         """Tell all ranks of this node that the machine goes away."""
         self.send(Notify(deadline_s, source))
@@ -178,9 +195,15 @@ class SaverSession:
         match message:
             case Freed(slots):
                 self.pool.release(slots)
-            case Stored(save):
+            case Kept(save, size_bytes):
                 if listener := self._listeners.get(save):
-                    listener.stored()
+                    listener.kept(size_bytes)
+            case Bypassed(save, cause):
+                if listener := self._listeners.get(save):
+                    listener.bypassed(cause)
+            case Stored(save, objects):
+                if listener := self._listeners.get(save):
+                    listener.stored(objects)
             case Sealed(save, manifest):
                 if listener := self._listeners.pop(save, None):
                     parsed = decode_manifest(manifest, source="the saver's manifest")

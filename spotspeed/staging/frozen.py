@@ -55,7 +55,8 @@ def plan_share(pieces: Pieces, known: Mapping[str, ObjectRecord]) -> FrozenShare
     `known` has the objects that this save may refer to, by content. The tensors may not change
     until the save is staged. Raises CaptureError for a tensor that is not its fragment.
     """
-    fragments, sources = gather(pieces, {})
+    # One dtype after the other, as they will lie in the object: the order is part of the content.
+    fragments, sources = gather(sorted(pieces, key=lambda piece: piece[0].dtype), {})
     found = groups([source.size_bytes for source in sources])
     everything = tuple(fragments), tuple(sources)
     if not found:

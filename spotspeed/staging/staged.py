@@ -8,21 +8,26 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
-from spotspeed.core.chunks import StreamLayout, pack
+from spotspeed.core.chunks import StreamLayout, join, pack_parts
+from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.layout import Fragment
 from spotspeed.core.manifest import Manifest, Ticket
-from spotspeed.core.saver_protocol import Abandon, Begin, Chunks, End, Need
+from spotspeed.core.saver_protocol import Abandon, Begin, Chunks, End, Need, NewObject
+from spotspeed.core.tiers import Level
 from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
-from spotspeed.events import Sealed, Staged, Stalled, emit
+from spotspeed.events import Bypassed, Kept, Sealed, Staged, Stalled, emit
 from spotspeed.staging.check import Window
 from spotspeed.staging.client import SaverSession
+from spotspeed.staging.frozen import FrozenShare
 from spotspeed.staging.native import CopyEngine, CopyHandle
 from spotspeed.staging.sources import CopyPlan, Source
 
 BATCH_BYTES = 16 * 1024 * 1024
 """Chunks are claimed, copied and handed to the saver in batches of about this size."""
 _STALL_MIN_S = 0.001
+NOTHING_FROZEN = FrozenShare()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +55,24 @@ class StagedSave:
         rank: int,
         *,
         contents: tuple[Sequence[Fragment], Sequence[Source]],
+        frozen: FrozenShare = NOTHING_FROZEN,
         window: Window,
         settings: CopySettings,
     ) -> None:
         self.ticket = ticket
         self.rank = rank
-        self.size_bytes = sum(source.size_bytes for source in contents[1])
+        self._frozen = frozen
+        self._objects: tuple[ObjectRecord, ...] = ()
+        new = frozen.new
+        self._fragments = [*(item for group in new for item in group.fragments), *contents[0]]
+        self._sources: Sequence[Source] = [
+            *(item for group in new for item in group.sources), *contents[1]
+        ]  # fmt: skip
+        self.size_bytes = sum(source.size_bytes for source in self._sources)
         self.staging_completion: Future[StagingFacts] = Future()
         self.stored_completion: Future[None] = Future()
         self.upload_completion: Future[Manifest] = Future()
         self.manifest_bytes: bytes | None = None
-        self._fragments, self._sources = contents
         self._window: Window | None = window
         self._settings = settings
         self._began = time.monotonic()
@@ -75,6 +87,7 @@ class StagedSave:
         self._claim_lock = threading.Lock()
         self._send_lock = threading.Lock()
         self._is_over = False
+        self._is_kept = False
         for future in (self.staging_completion, self.stored_completion, self.upload_completion):
             future.set_running_or_notify_cancel()
 
@@ -122,6 +135,29 @@ class StagedSave:
         return min(self.size_bytes, sum(chunk.size_bytes for chunk in layout.chunks[:sent]))
 
     @property
+    def level(self) -> Level | None:
+        """How far this rank's part has come; "remote" when the checkpoint is sealed."""
+        if _is_fine(self.upload_completion):
+            return "remote"
+        if self._is_kept:
+            return "node"
+        return "process" if _is_fine(self.staging_completion) else None
+
+    def known_objects(self) -> dict[str, ObjectRecord]:
+        """The frozen objects that this rank's next save may refer to, by content.
+
+        Those of this save's receipt once that is durable; before, those that it refers to itself.
+        None after a failure: an object may be what is missing.
+        """
+        with self._lock:
+            is_stored = _is_fine(self.stored_completion)
+            has_failed = self._is_over and not _is_fine(self.upload_completion)
+            if has_failed and self.upload_completion.done():
+                return {}
+            objects = self._objects if is_stored else self._frozen.referred
+        return {item.content: item for item in objects}
+
+    @property
     def is_over(self) -> bool:
         """Whether it is sealed, failed or abandoned."""
         return self._is_over
@@ -145,9 +181,20 @@ class StagedSave:
             wrapped.__cause__ = error
             self._end(wrapped, tell=True)
 
-    def stored(self) -> None:
-        """The saver says: durable."""
+    def kept(self, size_bytes: int) -> None:
+        """The saver says: durable on this node."""
+        self._is_kept = True
+        elapsed_s = time.monotonic() - self._began
+        emit(Kept(self.ticket.directory, self.rank, size_bytes, elapsed_s))
+
+    def bypassed(self, cause: str) -> None:
+        """The saver says: straight to the store."""
+        emit(Bypassed(self.ticket.directory, cause))
+
+    def stored(self, objects: tuple[ObjectRecord, ...]) -> None:
+        """The saver says: durable at the store."""
         with self._lock:
+            self._objects = objects
             if not self._is_over and not self.stored_completion.done():
                 self.stored_completion.set_result(None)
 
@@ -222,13 +269,18 @@ class StagedSave:
         """Announce the save; called under the claim lock."""
         if self._session is None or self._layout is None:
             session = self._settings.session()
-            layout = pack(self._fragments, chunk_bytes=session.slot_bytes)
+            new = tuple(NewObject(group.content, len(group.fragments))
+                        for group in self._frozen.new)  # fmt: skip
+            counts = [item.fragment_count for item in new]
+            parts = pack_parts(self._fragments, counts, chunk_bytes=session.slot_bytes)
+            layout = join(parts, counts)
             number = self._settings.number()
             session.listen(number, self)
             self._number = number
             session.send(Begin(
                 number, self.ticket, self.rank, session.slot_bytes, len(layout.chunks),
                 layout.raw_bytes, self._settings.compression or "", tuple(self._fragments),
+                new, self._frozen.referred,
             ))  # fmt: skip
             with self._lock:
                 self._session, self._layout = session, layout
@@ -317,3 +369,7 @@ class CopySettings:
     lazy: CopyEngine
     urgent: CopyEngine
     compression: str | None
+
+
+def _is_fine(future: Future[Any]) -> bool:
+    return future.done() and future.exception() is None

@@ -9,15 +9,17 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from spotspeed.config import SpotSpeedConfig
+from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.core.manifest import Ticket
 from spotspeed.core.saver_protocol import Drained
 from spotspeed.staging.check import Window
 from spotspeed.staging.client import OnNotice, SaverSession, find_saver, open_session
+from spotspeed.staging.frozen import FrozenShare, plan_share
 from spotspeed.staging.launch import rendezvous_url
 from spotspeed.staging.native import CopyEngine, cuda_available
 from spotspeed.staging.pool import (
@@ -54,6 +56,8 @@ class Stager:
         on_notice: OnNotice | None = None,
     ) -> None:
         self.url = rendezvous_url(url)
+        local_path = config.local_path
+        self._local_path = os.path.realpath(os.path.expanduser(local_path)) if local_path else ""
         self._config = config
         self._rank = rank
         self._local_world_size = local_world_size
@@ -70,6 +74,8 @@ class Stager:
         self._jobs: deque[StagedSave] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
+        self._last: StagedSave | None = None
+        self._adopted: dict[str, ObjectRecord] = {}
         self._copier: threading.Thread | None = None
 
     def reserve(self, share_bytes: int) -> None:
@@ -86,20 +92,27 @@ class Stager:
         ticket: Ticket,
         pieces: Sequence[tuple[Fragment, torch.Tensor]],
         blobs: Mapping[TensorKey, bytes],
+        *,
+        frozen: Sequence[tuple[Fragment, torch.Tensor]] = (),
     ) -> StagedSave:
         """Begin to copy a save; returns before the bytes are copied.
 
         `pieces` are fragments with 1-D contiguous tensors of exactly their elements, `blobs`
-        become one-dimensional uint8 tensors. The tensors may not change until
-        `StagedSave.wait_staged`. Raises CaptureError for a tensor that is not its fragment; all
-        other failures come out of the futures.
+        become one-dimensional uint8 tensors. `frozen` are pieces that nothing trains: they are
+        read now, and copied only when the last save did not hold the same. The tensors may not
+        change until `StagedSave.wait_staged`. Raises CaptureError for a tensor that is not its
+        fragment; all other failures come out of the futures.
         """
+        share = plan_share(frozen, self._known_objects())
+        if share.is_small:
+            pieces, share = [*pieces, *frozen], FrozenShare()
         fragments, sources = gather(pieces, blobs)
+        everything = [*share.fragments, *fragments], [*share.sources, *sources]
         self._is_on_device |= any(isinstance(source, DeviceSource) for source in sources)
         seed = zlib.crc32(ticket.digest, self._rank)
         save = StagedSave(
-            ticket, self._rank, contents=(fragments, sources),
-            window=Window(fragments, sources, self._config.staging.check, seed=seed),
+            ticket, self._rank, contents=(fragments, sources), frozen=share,
+            window=Window(*everything, self._config.staging.check, seed=seed),
             settings=CopySettings(
                 self._open_session, lambda: next(self._numbers), self._help,
                 self._lazy, self._urgent, self._config.compression,
@@ -110,6 +123,7 @@ class Stager:
             if self._is_closed:
                 raise RuntimeError("the stager is closed")
             self._jobs.append(save)
+            self._last = save
             self._changed.notify_all()
             if self._copier is None:
                 self._copier = threading.Thread(
@@ -121,6 +135,19 @@ class Stager:
             threading.Thread(target=self._help, args=(save, None), name=name, daemon=True).start()
         return save
 
+    def adopt(self, objects: Iterable[ObjectRecord]) -> None:
+        """The training goes on from a checkpoint with these frozen objects, all of them verified.
+
+        The next save may refer to them, and to no other.
+        """
+        with self._changed:
+            self._last, self._adopted = None, {item.content: item for item in objects}
+
+    def _known_objects(self) -> dict[str, ObjectRecord]:
+        with self._changed:
+            last, adopted = self._last, self._adopted
+        return adopted if last is None else last.known_objects()
+
     def drain(
         self,
         before_epoch: int,
@@ -128,15 +155,23 @@ class Stager:
         timeout_s: float,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Drained | None:
-        """Wait until a saver that an older launch left on this node has written what it holds.
+        """Wait until what an older launch left on this node, in a saver or on disk, is written.
 
-        Covers saves of epochs below `before_epoch`; None when no saver is running. Raises
+        Covers saves of epochs below `before_epoch`; None when there is nothing of the kind. With a
+        tier on the node's disk a saver is started to drain what lies there. Raises
         StorageError after `timeout_s`; `on_progress(saves_left, bytes_left)` is called meanwhile.
         """
-        session = find_saver(self.url)
+        if self._local_path:
+            session: SaverSession | None = open_session(
+                self.url, rank=self._rank, arena_bytes=0, slot_bytes=0
+            )
+        else:
+            session = find_saver(self.url)
         if session is None:
             return None
         with contextlib.closing(session):
+            if self._local_path:
+                session.use_tier(self._local_path)
             return session.drain(before_epoch, timeout_s=timeout_s, on_progress=on_progress)
 
     def renew_owner(self, epoch: int, *, period_s: float) -> None:
@@ -181,6 +216,8 @@ class Stager:
                 self.url, rank=self._rank, arena_bytes=arena_bytes,
                 slot_bytes=choose_slot_bytes(self._share_bytes), on_notice=self._on_notice,
             )  # fmt: skip
+            if self._local_path:
+                self._session.use_tier(self._local_path)
             if self._is_on_device and cuda_available():
                 self._session.arena.pin()
             if self._owner is not None:

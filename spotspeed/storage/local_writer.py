@@ -65,6 +65,17 @@ class LocalWriter:
             self._disk.start_writeback(file, self._started, self._position - self._started)
             self._started = self._position
 
+    def reader(self) -> int:
+        """A descriptor, the caller's to close, from which can be read what has been written.
+
+        It outlives the writer, and the file when that is aborted.
+        """
+        try:
+            self._open_file()
+            return posix.open_file(self._directory, self._temporary)
+        except OSError as error:
+            raise storage_error("read back", self._place, error) from error
+
     def commit(self) -> None:
         """See Writer.commit: fsync the file, rename it into place, fsync the directory."""
         with self._publishing() as directory:

@@ -29,9 +29,11 @@ class RankProcess:
     def __init__(
         self, path: Path, rank: int = 0, world_size: int = 1, *,
         host_memory_gb: float | None = None, prefix: Sequence[str] = (),
+        local_path: Path | None = None,
     ) -> None:  # fmt: skip
         command = [*prefix, sys.executable, str(DRIVER), str(path), str(rank), str(world_size)]
-        command += [] if host_memory_gb is None else [str(host_memory_gb)]
+        command += ["-" if host_memory_gb is None else str(host_memory_gb)]
+        command += [] if local_path is None else [str(local_path)]
         environment = rank_environment(free_port(), {"PYTHONPATH": str(ROOT)})
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

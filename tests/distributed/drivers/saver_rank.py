@@ -1,6 +1,7 @@
 """One rank that stages known tensors through the real saver, told what to do line by line.
 
-`saver_rank.py PATH RANK WORLD [HOST_MEMORY_GB]` answers each JSON line on stdin with one on stdout.
+`saver_rank.py PATH RANK WORLD [HOST_MEMORY_GB|- [LOCAL_PATH]]` answers each JSON line on stdin with
+one on stdout.
 `saver_rank.py PATH --hang DIRECTORY` takes its rank from the launcher's environment, stages one
 save, leaves a file in DIRECTORY, and waits to be killed.
 """
@@ -48,8 +49,13 @@ def ticket_of(step: int, world_size: int, *, epoch: int = 1, reason: str = "peri
 class Rank:
     """Executes the lines."""
 
-    def __init__(self, path: str, rank: int, world_size: int, host_memory_gb: float | None) -> None:
-        config = parse_block({"path": path, "staging": {"host_memory_gb": host_memory_gb}})
+    def __init__(
+        self, path: str, rank: int, world_size: int, host_memory_gb: float | None,
+        local_path: str | None = None,
+    ) -> None:  # fmt: skip
+        config = parse_block({
+            "path": path, "local_path": local_path, "staging": {"host_memory_gb": host_memory_gb}
+        })  # fmt: skip
         self.rank, self.world_size = rank, world_size
         self.stager = Stager(path, config, rank)
         self.saves: dict[int, StagedSave] = {}
@@ -68,10 +74,12 @@ class Rank:
                 "free": session.pool.free_count, "arena_bytes": session.arena_bytes,
                 "events": self.events}  # fmt: skip
 
-    def stage(self, step: int, count: int, elements: int, epoch: int = 1) -> dict[str, Any]:
+    def stage(
+        self, step: int, count: int, elements: int, epoch: int = 1, reason: str = "periodic"
+    ) -> dict[str, Any]:
         self.pieces[step] = pieces_of(step, self.rank, count, elements)
         blobs = {TensorKey("blob", "rank", f"rank-{self.rank}"): b"rank state"}
-        ticket = ticket_of(step, self.world_size, epoch=epoch)
+        ticket = ticket_of(step, self.world_size, epoch=epoch, reason=reason)
         self.saves[step] = self.stager.stage(ticket, self.pieces[step], blobs)
         return {"directory": ticket.directory, "bytes": self.saves[step].size_bytes}
 
@@ -93,6 +101,22 @@ class Rank:
     def result(self, step: int, timeout_s: float = 60.0) -> dict[str, Any]:
         manifest = self.saves[step].upload_completion.result(timeout_s)
         return {"digest": manifest.digest, "directory": manifest.ticket.directory}
+
+    def wait_level(self, step: int, level: str) -> dict[str, Any]:
+        """Wait until this rank's part has come so far or further, or has failed."""
+        levels = [None, "process", "node", "remote"]
+        save, deadline = self.saves[step], time.monotonic() + 60
+        while levels.index(save.level) < levels.index(level) and time.monotonic() < deadline:
+            if save.upload_completion.done() and save.upload_completion.exception() is not None:
+                break
+            time.sleep(0.005)
+        return {"level": save.level}
+
+    def drain(self, before_epoch: int, timeout_s: float = 60.0) -> dict[str, Any]:
+        """As an attach does: have what was left on this node written first."""
+        drained = self.stager.drain(before_epoch, timeout_s=timeout_s)
+        assert drained is not None
+        return {"sealed": drained.sealed, "stored": drained.stored, "failed": drained.failed}
 
     def stored(self, step: int, timeout_s: float = 60.0) -> dict[str, Any]:
         self.saves[step].stored_completion.result(timeout_s)
@@ -156,5 +180,6 @@ if __name__ == "__main__":
         place = sys.argv.index("--hang")
         hang(sys.argv[place - 1], sys.argv[place + 1])
     else:
-        memory = float(sys.argv[4]) if len(sys.argv) > 4 else None
-        converse(Rank(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), memory))
+        given = [*sys.argv[4:6], *("-", "")[len(sys.argv[4:6]) :]]
+        memory = None if given[0] == "-" else float(given[0])
+        converse(Rank(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), memory, given[1] or None))

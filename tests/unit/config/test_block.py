@@ -61,7 +61,6 @@ def test_every_wrong_key_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("key", "block"),
     [
-        ("local_path", {"local_path": "/nvme"}),
         ("interval.adaptive", {"interval": {"adaptive": True}}),
         ("coordinator.transport", {"coordinator": {"transport": "mpi"}}),
         ("elastic.indivisible", {"elastic": {"indivisible": "micro_batch"}}),
@@ -73,6 +72,12 @@ def test_a_setting_that_is_not_built_is_refused_and_not_ignored(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{key}: this version has only the default"):
         parse_block({"path": "x", **block})
+
+
+def test_the_tier_of_a_node_is_a_directory_and_no_url() -> None:
+    assert parse_block({"path": "s3://b/run", "local_path": "/nvme"}).local_path == "/nvme"
+    with pytest.raises(ConfigError, match=r"local_path: .*s3:// URL is no disk of this node"):
+        parse_block({"path": "s3://b/run", "local_path": "s3://b/fast"})
 
 
 def test_a_near_miss_of_the_block_is_found() -> None:
