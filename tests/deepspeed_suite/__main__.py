@@ -39,15 +39,15 @@ def run(checkout: Path, arguments: list[str], block: Path | None) -> dict[str, s
     """The outcome of every test by its name: passed, failed or skipped."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--forked-off",
+        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=.",
                  f"--junitxml={report}", *arguments]  # fmt: skip
-        words.remove("--forked-off")
         if block is not None:
-            words += ["-p", "tests.deepspeed_suite.plugin", "--spotspeed", str(block)]
+            words += ["-p", "tests.deepspeed_suite.plugin", f"--spotspeed={block}"]
         subprocess.run(words, cwd=checkout / "tests", env=environment(checkout), check=False)
-        if not report.exists():
-            raise SystemExit(f"pytest wrote no report: is {checkout} a clone of DeepSpeed?")
-        return dict(outcomes(report))
+        found = dict(outcomes(report)) if report.exists() else {}
+        if not found:
+            raise SystemExit(f"pytest ran no test: is {checkout} a clone of DeepSpeed?")
+        return found
 
 
 def environment(checkout: Path) -> dict[str, str]:
@@ -74,9 +74,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--results", type=Path, help="write the outcomes as JSON")
-    words, _, arguments = " ".join(sys.argv[1:]).partition(" -- ")
-    options = parser.parse_args(words.split())
-    chosen = arguments.split() or ["unit/checkpoint"]
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:split])
+    chosen = words[split + 1 :] or ["unit/checkpoint"]
     checkout = options.checkout.resolve()
     with tempfile.TemporaryDirectory(prefix="spotspeed-suite-") as folder:
         without = run(checkout, chosen, None)
