@@ -83,15 +83,18 @@ def _wrap_callbacks(module: ModuleType) -> None:
 
 
 def _join(handler: Any, exportable: Any) -> _Loop | None:
-    """Tie the loop of `handler` to the checkpointer of its engine, if that has one."""
-    for engine in _engines:
-        binding = boundary.binding_of(engine)
-        if binding is None or not isinstance(binding.hooks, Checkpointer):
-            continue
-        if engine.module is handler.model:
-            loop = _Loop(binding.hooks, handler, exportable)
-            setattr(handler, _LOOP, loop)
-            return loop
+    """Tie the loop of `handler` to the checkpointer of its engine, if that has one.
+
+    It is the engine of its model or, where something wraps the model, the only one there is.
+    """
+    found = {engine: binding.hooks for engine in _engines
+             if (binding := boundary.binding_of(engine)) is not None
+             and isinstance(binding.hooks, Checkpointer)}  # fmt: skip
+    own = [hooks for engine, hooks in found.items() if engine.module is handler.model]
+    for hooks in own or (found.values() if len(found) == 1 else ()):
+        loop = _Loop(hooks, handler, exportable)
+        setattr(handler, _LOOP, loop)
+        return loop
     return None
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import spotspeed
 from spotspeed.checkpoint.rotation import given_up
+from spotspeed.integrations.huggingface_files import prepare
 from spotspeed.storage import open_storage
 from tests.distributed.job import Job, Launch, Launcher, by_mpirun
 from tests.ranks import ROOT, free_port
@@ -66,8 +69,9 @@ def by_step(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return found
 
 
-def test_trainer_is_interrupted_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    plain, job = job_at(tmp_path / "plain"), job_at(tmp_path / "job")
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.full)])
+def test_trainer_is_interrupted_and_goes_on_bit_for_bit(stage: int, tmp_path: Path) -> None:
+    plain, job = job_at(tmp_path / "plain", stage), job_at(tmp_path / "job", stage)
     saves = ("--save_steps", "5", "--save_total_limit", "2")
     whole = words_of(plain, "--save_strategy", "no", is_plain=True)
     with start(job, [*whole, "--then", *words_of(job, *saves)]) as launch:
@@ -83,6 +87,7 @@ def test_trainer_is_interrupted_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert launch.records()[0]["step"] == last + 1 and STEPS - last >= 4
     assert by_step(job.records()) == reference, "losses, rates, epochs and history"
     check_rotated(job)
+    check_mended(job)
 
 
 def check_rotated(job: Job) -> None:
@@ -93,3 +98,23 @@ def check_rotated(job: Job) -> None:
               for info in spotspeed.list_checkpoints(str(job.path))
               if info.reason == "explicit" and info.directory not in given_up(storage)}  # fmt: skip
     assert len(kept) == 2 and stored == kept
+
+
+def check_mended(job: Job) -> None:
+    """A newest directory that a crash left half written is completed, or put out of the way."""
+    out, newest = job.folder / "out", job.folder / "out" / f"checkpoint-{STEPS}"
+    names = ("trainer_state.json", "rng_state_0.pth", "rng_state_1.pth")
+    before = [(newest / name).read_bytes() for name in names]
+    for name in names:
+        (newest / name).unlink()
+    (out / "checkpoint-99").mkdir()
+    prepare(str(out), str(job.path))
+    state, rng, _ = ((newest / name).read_bytes() for name in names)
+    written = [json.loads(text) for text in (before[0], state)]
+    for fields in written:
+        del fields["stateful_callbacks"], fields["total_flos"]  # Of Trainer's own save alone.
+    assert written[0] == written[1] and written[0]["global_step"] == STEPS
+    theirs, ours = (torch.load(io.BytesIO(data), weights_only=False) for data in (before[1], rng))
+    assert theirs["python"] == ours["python"] and torch.equal(theirs["cpu"], ours["cpu"])
+    assert {path.name.partition(".")[0] for path in out.glob("*unfinished*")} == {"checkpoint-99"}
+    assert not (out / "checkpoint-99").exists()
