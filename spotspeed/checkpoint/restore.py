@@ -15,6 +15,7 @@ from spotspeed.checkpoint.fill import fill
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.save import JOB_KEY, rank_key
 from spotspeed.core import plain
+from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, StoredTensor, TensorKey
 from spotspeed.errors import (
     CorruptionError,
@@ -47,6 +48,8 @@ class Restored:
     client_state: dict[str, Any] = field(repr=False, default_factory=dict)
     cursor: Any = field(repr=False, default=None)
     """Position in the data, as it was recorded at the step's boundary."""
+    objects: tuple[ObjectRecord, ...] = field(repr=False, default=())
+    """The frozen objects that it refers to, whose weights are those of the model now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class _Read:
     rank_state: dict[str, Any]
     size_bytes: int
     near_bytes: int
+    objects: tuple[ObjectRecord, ...]
     late: Mapping[str, Any]
     """The stored rank state whose late state this rank takes over."""
 
@@ -168,7 +172,7 @@ def _read(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Read:
     )
     bytes_read = fill(_targets(seat, stored, old_rank), reader)
     seat.provider.check_restore()
-    return _Read(job, rank_state, bytes_read, _near_bytes(reader),
+    return _Read(job, rank_state, bytes_read, _near_bytes(reader), reader.objects(),
                  _late(reader, seat, offer, rank_state))  # fmt: skip
 
 
@@ -253,4 +257,4 @@ def _finish(seat: Seat, offer: dict[str, Any], read: _Read, began: float) -> Res
                                read.near_bytes))  # fmt: skip
     return Restored(offer["tag"], offer["step"], offer["directory"], offer["digest"],
                     offer["world_size"], read.job.get("client_state", {}),
-                    read.job.get("cursor"))  # fmt: skip
+                    read.job.get("cursor"), read.objects)  # fmt: skip

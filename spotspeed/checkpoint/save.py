@@ -46,9 +46,16 @@ def begin_save(
     if rank == 0:
         job = {**small.job(record), "model": provider.describe(), **extra}
         blobs[JOB_KEY] = _encode(job, what="job state")
-    shares = [(share.fragment, share.tensor) for share in (piece.share for piece in pieces)
-              if share.fragment.interval.count]  # fmt: skip
-    return stager.stage(ticket, shares, blobs)
+    held = [(share.fragment, share.tensor) for share in (piece.share for piece in pieces)
+            if share.fragment.interval.count]  # fmt: skip
+    frozen = [item for item in held if _is_frozen(item[0].key)]
+    shares = [item for item in held if not _is_frozen(item[0].key)]
+    return stager.stage(ticket, shares, blobs, frozen=frozen)
+
+
+def _is_frozen(key: TensorKey) -> bool:
+    """Whether it is a weight that no optimizer updates: the others are scoped, or masters."""
+    return key.kind == KIND_WEIGHT and not key.scope
 
 
 def share_bytes(provider: StateProvider, small: SmallState, record: Record) -> int:

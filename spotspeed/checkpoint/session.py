@@ -22,7 +22,8 @@ from spotspeed.checkpoint.ownership import (
     release,
 )
 from spotspeed.checkpoint.processes import this_process
-from spotspeed.checkpoint.restore import Restored
+from spotspeed.checkpoint.restore import Restored, Seat
+from spotspeed.checkpoint.tiers import check_local_path, open_node
 from spotspeed.config import NoticeConfig, SpotSpeedConfig
 from spotspeed.coordinator.bootstrap import bootstrap
 from spotspeed.coordinator.coordinator import Coordinator, Cut, CutListener
@@ -36,6 +37,8 @@ from spotspeed.errors import (
     TransientStorageError,
 )
 from spotspeed.staging.stager import Stager
+from spotspeed.state.provider import StateProvider
+from spotspeed.state.small import SmallState
 from spotspeed.storage import open_storage
 from spotspeed.storage.contract import Storage
 
@@ -73,8 +76,15 @@ class Session:
     """Where notices other than signals come from: one rank a node watches."""
     standing: Standing | None = None
     """The newest checkpoint when this launch claimed the path; the same on every rank."""
+    near: Storage | None = None
+    """The tier on this node's own disk, when `local_path` is set."""
     _newest: tuple[int, str] | None = None
     """Step and tag of the newest checkpoint that this rank has seen sealed."""
+
+    def seat(self, world_size: int, provider: StateProvider, small: SmallState) -> Seat:
+        """This rank's place in a restore, which reads what lies on its own node from there."""
+        exchange = self.coordinator.exchange
+        return Seat(self.rank, world_size, exchange, provider, small, near=self.near)
 
     def collect(self, sealed: Future[Manifest]) -> None:
         """A save has ended; when it is durable, older ones may go.
@@ -162,6 +172,7 @@ class Session:
     def record_restored(self, restored: Restored | None) -> None:
         """Write down where this epoch's lineage begins; rank 0 does it for all."""
         directory = restored.directory if restored else None
+        self.stager.adopt(restored.objects if restored else ())
 
         def record() -> dict[str, Any]:
             record_restored_from(self.storage, self.epoch, directory)
@@ -184,6 +195,7 @@ def open_session(
     try:
         storage = _open_everywhere(config.path, coordinator.exchange)
         probe_one_place(storage, coordinator.exchange, rank)
+        near = _open_tier(config.local_path, storage, coordinator.exchange)
         hosts = share_all(coordinator.exchange, "host", this_process().boot_id)
         stager = Stager(storage.url, config, rank, local_world_size=hosts.count(hosts[rank]),
                         on_notice=lambda left_s, source: coordinator.notice(source, left_s or None)
@@ -192,7 +204,7 @@ def open_session(
     except BaseException:
         coordinator.close(0.0)
         raise
-    session = Session(storage, coordinator, stager, epoch, rank, standing=standing)
+    session = Session(storage, coordinator, stager, epoch, rank, standing=standing, near=near)
     _open[storage.url] += 1
     if rank == 0:
         session.collector = Collector(storage, config.keep, epoch=epoch)
@@ -213,6 +225,18 @@ def _open_everywhere(path: str, exchange: Exchange) -> Storage:
     return storage
 
 
+def _open_tier(local_path: str | None, storage: Storage, exchange: Exchange) -> Storage | None:
+    """The tier of this node; the first rank's ConfigError on every rank when it is not usable."""
+    objection: SpotSpeedError | None = None
+    try:
+        if local_path is not None:
+            check_local_path(local_path, storage.url)
+    except SpotSpeedError as error:
+        objection = error
+    raise_first(vote(exchange, "local-path", objection))
+    return None if local_path is None else open_node(local_path, storage.url)
+
+
 def _claim(
     storage: Storage, exchange: Exchange, stager: Stager, rank: int, take_over: bool
 ) -> tuple[int, Standing | None]:
@@ -224,7 +248,10 @@ def _claim(
     """
     objection: SpotSpeedError | None = None
     try:
-        stager.drain(MAX_STEP, timeout_s=DRAIN_TIMEOUT_S)
+        drained = stager.drain(MAX_STEP, timeout_s=DRAIN_TIMEOUT_S)
+        for directory in drained.failed if drained else ():
+            why = "what an earlier launch left of it on this node was not completed"
+            events.emit(events.Lost(directory, why))
     except SpotSpeedError as error:
         objection = error
     raise_first(vote(exchange, "drain", objection))

@@ -22,17 +22,17 @@ from spotspeed.storage import open_storage
 from spotspeed.testing.syscalls import MARK
 
 RANKS = 2
-ELEMENTS = 3000
+ELEMENTS, FROZEN_ELEMENTS = 3000, 10_000
 
 
 def say(word: str) -> None:
     os.access(MARK + word, os.F_OK)
 
 
-def part(kind: str, rank: int, value: float) -> tuple[Fragment, torch.Tensor]:
-    """A rank's share of one tensor, every element `value`."""
-    interval = Interval(0, ELEMENTS).split(RANKS, rank)
-    fragment = Fragment(TensorKey(kind, "layer.weight"), "float32", (ELEMENTS,), interval)
+def part(kind: str, rank: int, value: float, total: int) -> tuple[Fragment, torch.Tensor]:
+    """A rank's share of one tensor of `total` elements, each of them `value`."""
+    interval = Interval(0, total).split(RANKS, rank)
+    fragment = Fragment(TensorKey(kind, "layer.weight"), "float32", (total,), interval)
     return fragment, torch.full((interval.count,), value, dtype=torch.float32)
 
 
@@ -45,16 +45,19 @@ def main(path: str) -> None:
     for step in (10, 20, 30):
         ticket = Ticket(epoch, step, "p", f"step-{step}", "periodic", RANKS, 1_700_000_000)
         saves = [
-            stager.stage(ticket, [part("fp32", rank, step)], {
-                TensorKey("blob", "rank", f"rank-{rank}"): b"state"
-            })
+            stager.stage(
+                ticket, [part("fp32", rank, step, ELEMENTS)],
+                {TensorKey("blob", "rank", f"rank-{rank}"): b"state"},
+                frozen=[part("weight", rank, 7 + (step > 10), FROZEN_ELEMENTS)],
+            )
             for rank, stager in enumerate(stagers)
         ]  # fmt: skip
         for save in saves:
             save.upload_completion.result(60)
         say(f"sealed {ticket.directory}")
     say(f"kept {ticket.directory}")
-    collect(storage, Keep(1), epoch=epoch)
+    done = collect(storage, Keep(1), epoch=epoch)
+    assert len(done.frozen) == RANKS, "the frozen weights of step 10 were edited"
     for stager in stagers:
         stager.close()
     release(storage, epoch)
