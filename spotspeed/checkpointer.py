@@ -200,7 +200,7 @@ class Checkpointer:
 
     @property
     def seat(self) -> Seat:
-        return Seat(self.rank, self.world_size, self.exchange, self._provider, self._small)
+        return self._session.seat(self.world_size, self._provider, self._small)
 
     def end_step(self) -> None:
         """All that belongs to the last step is done: `state` is complete for it.

@@ -139,6 +139,8 @@ class Interruption:
             handle = self._captures.pop(cut.round, None)
         if digest is None and handle is not None and not handle.staging_completion.done():
             handle.abandon(why)
+        if digest is None and handle is not None and handle.level == "node":
+            why += "; this rank's part is durable on its node only, and drained from there"
         if cut.stop:
             self.outcome = (cut, digest, why)
             if self._exit is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from spotspeed import events
 from spotspeed.core.manifest import Manifest, Ticket
+from spotspeed.core.tiers import Level
 from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.staging.staged import StagedSave, StagingFacts
 
@@ -30,6 +31,8 @@ class SaveProgress:
     """In this rank's shard, durable: all or nothing."""
     sealed_bytes: int
     """Part of a checkpoint that is complete on all ranks: all or nothing."""
+    level: Level | None = None
+    """What this rank's part survives: the ranks, the saver and a reboot, the node."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +83,15 @@ class SaveHandle:
             0 if staged is None else staged.staged_bytes,
             total if _is_fine(self.stored_completion) else 0,
             total if _is_fine(self.upload_completion) else 0,
+            self.level,
         )
+
+    @property
+    def level(self) -> Level | None:
+        """The level that this rank's part has reached; "remote" when the checkpoint is sealed."""
+        if self._inner is not None:
+            return self._inner.level
+        return None if self._staged is None else self._staged.level
 
     def then(self, finish: Callable[[Manifest], Manifest]) -> SaveHandle:
         """The same save with one more thing to do after the seal, on a thread of its own.

@@ -14,6 +14,7 @@ import pytest
 from spotspeed.checkpoint.tiers import open_node, survey
 from spotspeed.staging.client import find_saver
 from tests.distributed.drivers.saver_rank import ticket_of
+from tests.distributed.job import Job
 from tests.distributed.saver_ranks import RankProcess, check_sealed, wait_gone
 
 SMALL = {"count": 4, "elements": 1 << 16}
@@ -99,3 +100,26 @@ def test_a_saver_killed_at_any_moment_of_draining_leaves_what_the_next_one_compl
     # An older leftover may have been overtaken, and is dropped then; the newest never is.
     assert ticket_of(3, 1).directory not in drained["failed"]
     check_sealed(path, 3, world_size=1, **large)
+
+
+@pytest.mark.full
+@pytest.mark.ranks
+def test_a_job_resumes_from_the_node_what_is_damaged_at_the_store(tmp_path: Path) -> None:
+    node = tmp_path / "nvme"
+    block = {"local_path": str(node), "interval": {"steps": 2, "seconds": None}}
+    job = Job(tmp_path / "job", 2, block)
+    with job.start(2, steps=4) as launch:
+        finished = launch.finish()
+    assert finished.returncode == 0, finished.output[-6000:]
+    assert job.sealed()[0] == 4
+    newest = sorted(job.path.glob("step-*"))[-1]
+    for shard in newest.glob("*.shard"):
+        data = bytearray(shard.read_bytes())
+        data[4096:8192] = bytes(4096)
+        shard.write_bytes(data)
+    with job.start(2, steps=6) as launch:
+        finished = launch.finish()
+    assert finished.returncode == 0, finished.output[-6000:]
+    assert next(record["step"] for record in launch.records()) == 5
+    (run,) = node.iterdir()
+    assert [place.name[:17] for place in sorted(run.glob("step-*"))] == ["step-000000000006"]
