@@ -2,9 +2,11 @@
 
     python benchmarks/coordinator.py [--ranks N] [--signals N]
 
-Prints one JSON document: medians of `gate` and `completed` in µs with nothing pending, the cost of
-an exchange among threads of this process in ms, and over real ranks under mpirun, whose main
-threads sleep, multiply, run Python or wait in collectives, the ms from kill() until all know.
+Prints one JSON document, for the native control thread and the one in Python: medians of `gate` and
+`completed` in µs with nothing pending, of an exchange in ms; and over real ranks under mpirun,
+whose main threads wait for data, multiply, loop in Python, keep the GIL in C, compile or wait in a
+collective, the ms from a signal to one rank until all know the step. The double buffer of what a
+forward changes is in benchmarks/boundary.py.
 """
 
 from __future__ import annotations
@@ -19,10 +21,15 @@ from pathlib import Path
 from spotspeed.config import parse_block
 from spotspeed.coordinator.coordinator import Coordinator, Cut
 from spotspeed.coordinator.local import LocalTransport
+from spotspeed.coordinator.native_transport import NativeTransport
+from spotspeed.coordinator.transport import Transport
 from spotspeed.testing.cut_simulator import soak
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 10_000
+ACTIVITIES = (
+    "data_wait", "matmul", "python_loop", "gil_held", "torch_compile", "collective",
+)  # fmt: skip
 
 
 class Nobody:
@@ -35,10 +42,10 @@ class Nobody:
     def leave(self, why: str) -> None: ...
 
 
-def steps_us(batches: int = 30) -> dict[str, float]:
+def steps_us(transport: Transport, batches: int = 30) -> dict[str, float]:
     """Medians over batches of calls on one rank, control thread idle."""
     block = {"path": "/unused", "notice": {"signals": []}}
-    coordinator = Coordinator(LocalTransport(), parse_block(block), Nobody())
+    coordinator = Coordinator(transport, parse_block(block), Nobody())
     coordinator.start(0)
     gates, completions, step = [], [], 0
     for _ in range(batches):
@@ -74,31 +81,41 @@ def schedules_per_s(count: int = 2000) -> float:
     return round(count / (time.process_time() - began))
 
 
-def signals_ms(ranks: int, signals: int) -> dict[str, float]:
-    """From kill() of one or two ranks until all know the step, over so many rounds."""
+def signals_ms(ranks: int, signals: int, *, is_native: bool) -> dict[str, dict[str, float]]:
+    """By activity: from a timer's signal to one rank until all know the step."""
     sys.path.insert(0, str(ROOT))
     from tests.ranks import run_ranks
 
-    driver = "tests/distributed/drivers/cut_signals.py"
-    finished = run_ranks(ranks, driver, str(signals), "7", timeout_s=60 + 4 * signals)
+    finished = run_ranks(
+        ranks, "benchmarks/jobs/notice_job.py", str(signals), "native" if is_native else "python",
+        *ACTIVITIES, timeout_s=120 + 20 * signals * len(ACTIVITIES),
+    )  # fmt: skip
     line = next(line for line in finished.output.splitlines() if line.startswith("{"))
-    times = sorted(json.loads(line)["latency_ms"])
-    last = len(times) - 1
-    quantiles = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    return {name: round(times[round(q * last)], 2) for name, q in quantiles.items()}
+    return {activity: quantiles(times) for activity, times in json.loads(line).items()}
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """The times that so many share stay below."""
+    ordered, last = sorted(times), len(times) - 1
+    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    return {name: round(ordered[round(share * last)], 2) for name, share in shares.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--signals", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--signals", type=int, default=30)
     options = parser.parse_args()
     found = {
-        **steps_us(),
+        "native": steps_us(NativeTransport.of_one_rank()),
+        "python": steps_us(LocalTransport()),
         "schedules_per_s": schedules_per_s(),
         "ranks": options.ranks,
         "signals": options.signals,
-        "signal_until_all_know_ms": signals_ms(options.ranks, options.signals),
+        "signal_until_all_know_ms": {
+            kind: signals_ms(options.ranks, options.signals, is_native=kind == "native")
+            for kind in ("native", "python")
+        },
     }
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 

@@ -124,7 +124,8 @@ class Control:
         self, transport: Transport, machine: CutMachine, listener: CutListener,
         *, source: Source | None, grace_s: float,
     ) -> None:  # fmt: skip
-        self.lock = threading.Condition(threading.Lock())
+        self._mutex = threading.Lock()
+        self.lock = threading.Condition(self._mutex)
         self.departed: Departed | None = None
         self.is_closed = self.is_over = False
         self.exchanged: dict[int, Exchanged] = {}
@@ -149,7 +150,8 @@ class Control:
 
     def pass_gate(self, position: int) -> bool:
         gate = self._gate
-        with self.lock:
+        # Neither waits nor notifies: the bare lock, at a third of the cost.
+        with self._mutex:
             if position <= gate.ceiling:
                 gate.started = position
                 return True
@@ -159,7 +161,7 @@ class Control:
         return self._machine.enter(position, time.monotonic())
 
     def completed(self, position: int) -> None:
-        with self.lock:
+        with self._mutex:
             self._gate.completed = position
             is_watched = self._gate.ceiling != OPEN
         if is_watched:

@@ -17,9 +17,11 @@ SEED = 20_240_607
 
 
 @pytest.mark.ranks
-def test_a_signal_to_any_rank_at_any_time_stops_all_ranks_at_one_saved_step() -> None:
-    rounds = 50
-    finished = run_ranks(4, DRIVERS / "cut_signals.py", str(rounds), str(SEED), timeout_s=180)
+@pytest.mark.parametrize(("kind", "rounds"), [("native", 40), ("python", 10)])
+def test_a_signal_to_any_rank_at_any_time_stops_all_ranks_at_one_saved_step(
+    kind: str, rounds: int
+) -> None:
+    finished = run_ranks(4, DRIVERS / "cut_signals.py", str(rounds), str(SEED), kind, timeout_s=180)
     line = next(line for line in finished.output.splitlines() if line.startswith("{"))
     found = json.loads(line)
     latency_ms = sorted(found["latency_ms"])
@@ -31,15 +33,15 @@ def test_a_signal_to_any_rank_at_any_time_stops_all_ranks_at_one_saved_step() ->
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("victim", [0, 2])
-def test_the_survivors_of_a_killed_rank_save_one_step_and_leave(victim: int) -> None:
+@pytest.mark.parametrize(("victim", "kind"), [(0, "native"), (2, "native"), (0, "python")])
+def test_the_survivors_of_a_killed_rank_save_one_step_and_leave(victim: int, kind: str) -> None:
     port, last = free_port(), 20
     ranks = []
     for rank in range(3):
         names = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank)}
         ranks.append(subprocess.Popen(
-            [sys.executable, ROOT / DRIVERS / "cut_loss.py", str(victim), str(last)], cwd=ROOT,
-            env=rank_environment(port, names), stdout=subprocess.PIPE, text=True,
+            [sys.executable, ROOT / DRIVERS / "cut_loss.py", str(victim), str(last), kind],
+            cwd=ROOT, env=rank_environment(port, names), stdout=subprocess.PIPE, text=True,
         ))  # fmt: skip
     try:
         outputs = [process.communicate(timeout=120)[0] for process in ranks]

@@ -2,6 +2,8 @@
 
 The survivors are stuck in a gloo all-reduce with the dead rank, or get an error from it. Each
 survivor prints one JSON line when the listener is told to leave.
+
+    cut_loss.py VICTIM LAST_STEP native|python
 """
 
 from __future__ import annotations
@@ -49,13 +51,13 @@ class Saver:
 
 
 def main() -> None:
-    victim, last = int(sys.argv[1]), int(sys.argv[2])
+    victim, last, is_native = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "native"
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     events.remove_sink(events.log_sink)
     saver = Saver()
     block = {"path": "/unused", "notice": {"signals": []}}
-    transport = bootstrap(rank=rank, world_size=size)
+    transport = bootstrap(rank=rank, world_size=size, is_native=is_native)
     saver.coordinator = Coordinator(transport, parse_block(block), saver)
     saver.coordinator.start(0)
     for step in range(1, 1000):

@@ -3,6 +3,8 @@
 Each time the ranks train on from where they stopped, coupled by a gloo all-reduce in each update,
 until all have left at one step. Rank 0 prints one JSON line: the rounds, and the latencies in ms
 from kill() until all ranks knew the step.
+
+    cut_signals.py ROUNDS SEED native|python
 """
 
 from __future__ import annotations
@@ -89,12 +91,14 @@ def train(saver: Saver, step: int, rng: random.Random) -> int:
         coordinator.completed(step)
 
 
-def one_round(step: int, rng: random.Random, own: random.Random) -> dict[str, object]:
+def one_round(
+    step: int, rng: random.Random, own: random.Random, is_native: bool
+) -> dict[str, object]:
     """Train until a signal has stopped all ranks; the victims and delays are the same draw."""
     rank, size = dist.get_rank(), dist.get_world_size()
     victims, delay_s = rng.sample(range(size), rng.choice((1, 1, 2))), rng.uniform(0.0, 0.1)
     saver, killed_at = Saver(), float("inf")
-    transport = bootstrap(rank=rank, world_size=size)
+    transport = bootstrap(rank=rank, world_size=size, is_native=is_native)
     block = {"path": "/unused", "notice": {"signals": ["SIGUSR1"]}}
     saver.coordinator = Coordinator(transport, parse_block(block), saver)
     events.add_sink(saver)
@@ -117,13 +121,13 @@ def one_round(step: int, rng: random.Random, own: random.Random) -> dict[str, ob
 
 
 def main() -> None:
-    rounds, seed = int(sys.argv[1]), int(sys.argv[2])
+    rounds, seed, is_native = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "native"
     dist.init_process_group("gloo")
     events.remove_sink(events.log_sink)
     rng, own = random.Random(seed), random.Random(seed * 1000 + dist.get_rank())
     step, told = 0, []
     for _ in range(rounds):
-        mine = one_round(step, rng, own)
+        mine = one_round(step, rng, own, is_native)
         found: list[dict] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, mine)
         step = int(found[0]["step"])
