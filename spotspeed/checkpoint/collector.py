@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from spotspeed import events
@@ -24,10 +25,14 @@ class Collector:
     Failures are events: a checkpoint too many harms nobody.
     """
 
-    def __init__(self, storage: Storage, keep: KeepConfig, *, epoch: int) -> None:
+    def __init__(
+        self, storage: Storage, keep: KeepConfig, *, epoch: int,
+        is_quiet: Callable[[], bool] = lambda: True,
+    ) -> None:  # fmt: skip
+        """`is_quiet` says that no save is in flight."""
         self._storage, self._epoch = storage, epoch
         self._keep = Keep(keep.last, keep.every_steps)
-        self._sweeper = Sweeper(storage, is_patient=True)
+        self._sweeper = Sweeper(storage, is_patient=True, is_quiet=is_quiet)
         self._wishes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="spotspeed-gc", daemon=True)
         self._thread.start()

@@ -207,7 +207,7 @@ def open_session(
     session = Session(storage, coordinator, stager, epoch, rank, standing=standing, near=near)
     _open[storage.url] += 1
     if rank == 0:
-        session.collector = Collector(storage, config.keep, epoch=epoch)
+        session.collector = Collector(storage, config.keep, epoch=epoch, is_quiet=stager.is_idle)
     if rank == hosts.index(hosts[rank]):
         session.watch(config.notice)
     return session

@@ -7,7 +7,7 @@ receipt that cannot be read keeps everything.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from spotspeed import events
@@ -31,12 +31,15 @@ class Swept:
 class Sweeper:
     """Sweeps one store again and again; receipts, which never change, are read once.
 
-    A patient one removes what it has found unreferred twice, with another seal in between: what a
-    save that is about to be stored refers to is then never taken away from under it.
+    A patient one removes what it has found unreferred twice, with another seal in between, and does
+    nothing unless `is_quiet()`, that is while no save is between its beginning and its seal: what a
+    save refers to before its receipt says so is then never taken away from under it.
     """
 
-    def __init__(self, storage: Storage, *, is_patient: bool) -> None:
-        self._storage, self._is_patient = storage, is_patient
+    def __init__(
+        self, storage: Storage, *, is_patient: bool, is_quiet: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._storage, self._is_patient, self._is_quiet = storage, is_patient, is_quiet
         self._read: dict[str, frozenset[str]] = {}
         self._suspects: frozenset[str] = frozenset()
 
@@ -47,6 +50,8 @@ class Sweeper:
 
         `gone` are directories to be taken for removed. Raises StorageError; a later sweep goes on.
         """
+        if not self._is_quiet():
+            return Swept()
         present = {info.key: info for info in self._storage.list(FOLDER)}
         garbage = plan_sweep(present, (), newest=newest)
         if garbage:

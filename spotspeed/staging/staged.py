@@ -158,6 +158,11 @@ class StagedSave:
         return {item.content: item for item in objects}
 
     @property
+    def is_settled(self) -> bool:
+        """Whether it is known how it ended."""
+        return self.upload_completion.done()
+
+    @property
     def is_over(self) -> bool:
         """Whether it is sealed, failed or abandoned."""
         return self._is_over

@@ -75,6 +75,7 @@ class Stager:
         self._changed = threading.Condition()
         self._is_closed = False
         self._last: StagedSave | None = None
+        self._unsettled: list[StagedSave] = []
         self._adopted: dict[str, ObjectRecord] = {}
         self._copier: threading.Thread | None = None
 
@@ -124,6 +125,7 @@ class Stager:
                 raise RuntimeError("the stager is closed")
             self._jobs.append(save)
             self._last = save
+            self._unsettled = [job for job in self._unsettled if not job.is_settled] + [save]
             self._changed.notify_all()
             if self._copier is None:
                 self._copier = threading.Thread(
@@ -134,6 +136,11 @@ class Stager:
             name = "spotspeed-stager-urgent"
             threading.Thread(target=self._help, args=(save, None), name=name, daemon=True).start()
         return save
+
+    def is_idle(self) -> bool:
+        """Whether every save of this rank is sealed or has failed, on whatever thread one asks."""
+        with self._changed:
+            return all(save.is_settled for save in self._unsettled)
 
     def adopt(self, objects: Iterable[ObjectRecord]) -> None:
         """The training goes on from a checkpoint with these frozen objects, all of them verified.

@@ -20,12 +20,14 @@ from spotspeed.checkpoint.sweep import Sweeper
 from spotspeed.config import parse_block
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
+from spotspeed.core.lineage import Place
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.core.retention import Keep
 from spotspeed.errors import CorruptionError, StorageError
 from spotspeed.staging.staged import StagedSave
 from spotspeed.staging.stager import Stager
 from spotspeed.storage.local import LocalStorage
+from tests.distributed.saver_ranks import stopped
 from tests.ranks import run_ranks
 
 LIMIT_S = 60.0
@@ -205,7 +207,7 @@ def test_what_no_checkpoint_refers_to_is_swept_after_another_seal(tmp_path: Path
         job.save(2)
         job.frozen[BASE][5] = 3.0
         job.save(3)
-        sweeper = Sweeper(job.storage, is_patient=True)
+        sweeper = Sweeper(job.storage, is_patient=True, is_quiet=job.stager.is_idle)
 
         def swept() -> tuple[str, ...]:
             return collect(job.storage, Keep(1), epoch=job.epoch, sweeper=sweeper).frozen
@@ -219,6 +221,29 @@ def test_what_no_checkpoint_refers_to_is_swept_after_another_seal(tmp_path: Path
         assert swept() == (old,)
         assert job.objects() == [new] and not (tmp_path / old).parent.exists()
         job.check(last, 4)
+
+
+def test_nothing_is_swept_while_a_save_is_in_flight(tmp_path: Path) -> None:
+    with job_at(tmp_path) as job:
+        job.save(1)
+        (old,) = job.objects()
+        job.frozen[BASE][5] = 3.0
+        job.save(2)
+        collect(
+            job.storage, Keep(1), epoch=job.epoch, sweeper=Sweeper(job.storage, is_patient=True)
+        )
+        busy = Sweeper(job.storage, is_patient=False, is_quiet=lambda: False)
+        assert job.stager.is_idle()
+        newest = Place(job.epoch, 2)
+        assert busy.sweep(newest).paths == () and old in job.objects()
+        session = job.stager._session
+        assert session is not None
+        with stopped(session.saver_pid):
+            save = job.stage(3)
+            assert not job.stager.is_idle()
+        save.upload_completion.result(LIMIT_S)
+        assert job.stager.is_idle()
+        assert Sweeper(job.storage, is_patient=False).sweep(newest).paths == (old,)
 
 
 def test_an_abandoned_save_leaves_no_object(tmp_path: Path) -> None:
