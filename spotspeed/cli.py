@@ -20,6 +20,7 @@ from spotspeed.checkpoint.gc import collect
 from spotspeed.checkpoint.opened import OpenedCheckpoint
 from spotspeed.checkpoint.ownership import living_owner, read_epochs
 from spotspeed.checkpoint.reader import CheckpointReader
+from spotspeed.checkpoint.tiers import ranks_on_node
 from spotspeed.checkpoint.verify import Seen
 from spotspeed.core.retention import Keep
 from spotspeed.errors import CorruptionError, OwnedError, SpotSpeedError
@@ -34,6 +35,9 @@ errors = Console(stderr=True, highlight=False)
 
 Path = Annotated[str, typer.Argument(help="Directory or fsspec URL of the checkpoints.")]
 Tag = Annotated[str | None, typer.Argument(help="Tag or directory; the newest if left out.")]
+Local = Annotated[
+    str | None, typer.Option("--local", help="The job's `local_path`: show what this node has.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 P = ParamSpec("P")
@@ -68,30 +72,40 @@ def root(version: Annotated[bool, typer.Option("--version")] = False) -> None:
 
 @app.command("list")
 @reported
-def list_(path: Path, as_json: Json = False) -> None:
+def list_(path: Path, local: Local = None, as_json: Json = False) -> None:
     """The checkpoints at PATH, newest first, and what is unfinished or damaged there."""
-    catalog = scan(open_storage(path))
+    storage = open_storage(path)
+    catalog = scan(storage)
+    near = ranks_on_node(local, storage.url) if local else {}
     if as_json:
-        print_json(asdict(catalog))
+        document = asdict(catalog)
+        for info in (*document["sealed"], *document["off_lineage"]):
+            info["level"] = "remote"
+        print_json(document | ({"on_this_node": near} if local else {}))
         return
     table = Table()
-    for name in ("tag", "step", "epoch", "why", "ranks", "size", "age"):
+    for name in ("tag", "step", "epoch", "why", "ranks", "size", "age", "level"):
         table.add_column(name, justify="left" if name in ("tag", "why") else "right")
     for info in catalog.sealed:
         table.add_row(info.tag, str(info.step), str(info.epoch), info.reason,
-                      str(info.world_size), size_text(info.size_bytes), _age(info))  # fmt: skip
+                      str(info.world_size), size_text(info.size_bytes), _age(info),
+                      "remote, node" if info.directory in near else "remote")  # fmt: skip
     console.print(table if catalog.sealed else "no sealed checkpoint")
     for info in catalog.off_lineage:
         console.print(f"off the lineage: {info.directory}")
     for name in catalog.unsealed:
         console.print(f"unfinished: {name}")
+    sealed = {info.directory for info in (*catalog.sealed, *catalog.off_lineage)}
+    for name, ranks in near.items():
+        if name not in sealed:
+            console.print(f"level node: {name}, ranks {', '.join(map(str, ranks))} on this node")
     for damaged in catalog.damaged:
         errors.print(f"[red]damaged:[/red] {damaged.directory}: {damaged.cause}")
 
 
 @app.command()
 @reported
-def show(path: Path, tag: Tag = None, as_json: Json = False) -> None:
+def show(path: Path, tag: Tag = None, local: Local = None, as_json: Json = False) -> None:
     """What one checkpoint holds: who wrote it, and every tensor by name."""
     storage = open_storage(path)
     info = find(storage, tag)
@@ -101,10 +115,13 @@ def show(path: Path, tag: Tag = None, as_json: Json = False) -> None:
          "shape": list(stored.shape), "pieces": len(stored.extents)}
         for key, stored in sorted(opened.reader.tensors().items())
     ]  # fmt: skip
+    facts: dict[str, Any] = {**asdict(info), "level": "remote"}
+    if local:
+        facts["ranks_on_this_node"] = ranks_on_node(local, storage.url).get(info.directory, ())
     if as_json:
-        print_json({**asdict(info), "tensors": tensors})
+        print_json({**facts, "tensors": tensors})
         return
-    for name, value in asdict(info).items():
+    for name, value in facts.items():
         console.print(f"{name:16} {value}")
     table = Table()
     for column in ("name", "kind", "scope", "dtype", "shape", "pieces"):

@@ -120,6 +120,13 @@ def survey(node: Storage) -> list[NodeDirectory]:
     )]  # fmt: skip
 
 
+def ranks_on_node(local_path: str, url: str) -> dict[str, tuple[int, ...]]:
+    """By checkpoint directory of the store `url`, the ranks whose parts are durable here."""
+    found = {item.directory: tuple(sorted(part.rank for part in item.parts))
+             for item in survey(open_node(local_path, url))}  # fmt: skip
+    return {directory: ranks for directory, ranks in found.items() if ranks}
+
+
 def mark_sealed(node: Storage, directory: str, digest: str) -> None:
     """Note that the checkpoint is sealed at `path` with that manifest digest (SHA-256, hex)."""
     node.put(f"{directory}/{SEALED_FILE}", json.dumps({"manifest": digest}).encode() + b"\n")

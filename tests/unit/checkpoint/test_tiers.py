@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from spotspeed.checkpoint.tiers import check_local_path, is_wanted, open_node, survey
+from spotspeed.cli import app
 from spotspeed.core.lineage import Place
 from spotspeed.core.tiers import Cached, plan_eviction
 from spotspeed.errors import ConfigError
@@ -71,3 +74,21 @@ def test_only_what_is_older_than_something_durable_and_drained_goes() -> None:
     assert plan_eviction(held, None) == ()
     assert plan_eviction(held, Place(2, 30)) == ("older", "old")
     assert plan_eviction(held, Place(1, 5)) == ()
+
+
+def test_the_command_line_says_what_level_each_checkpoint_has_reached(
+    tmp_path: Path, save_small, seal_small
+) -> None:
+    path, local = str(tmp_path / "store"), str(tmp_path / "nvme")
+    sealed = seal_small(LocalStorage(path), 1, 10)
+    node = open_node(local, path)
+    save_small(node, 1, 10, ranks=[1])
+    waiting = save_small(node, 1, 20, ranks=[1])
+    told = CliRunner().invoke(app, ["list", path, "--local", local])
+    assert f"level node: {waiting.directory}, ranks 1" in told.output
+    listed = json.loads(CliRunner().invoke(app, ["list", path, "--local", local, "--json"]).output)
+    assert [info["level"] for info in listed["sealed"]] == ["remote"]
+    assert listed["on_this_node"] == {sealed.directory: [1], waiting.directory: [1]}
+    shown = CliRunner().invoke(app, ["show", path, sealed.tag, "--local", local, "--json"])
+    document = json.loads(shown.output)
+    assert (document["level"], document["ranks_on_this_node"]) == ("remote", [1])
