@@ -91,6 +91,7 @@ class SaverSession:
         self._send_lock = threading.Lock()
         self._error: SpotSpeedError | None = None
         self._is_closing = False
+        self._loss = "what it had not sealed is lost, and the next save starts a new one"
         self._reader = threading.Thread(target=self._read, name="spotspeed-saver", daemon=True)
         self._reader.start()
 
@@ -162,6 +163,7 @@ class SaverSession:
 
         What earlier savers left there is drained from now on, and waited for by `drain`.
         """
+        self._loss = "what was not on this node's disk is lost, and the next saver drains the rest"
         self.send(UseTier(local_path))
 
     def notify(self, deadline_s: float, source: str) -> None:
@@ -225,8 +227,7 @@ class SaverSession:
             if self._error is None:
                 why = f": {cause}" if cause else ""
                 self._error = StorageError(
-                    f"saver process {self.saver_pid} died before it had finished{why}; what it had "
-                    f"not sealed is lost, and the next save starts a new one"
+                    f"saver process {self.saver_pid} died before it had finished{why}; {self._loss}"
                     if not self._is_closing
                     else "the session with the saver was closed"
                 )
