@@ -7,12 +7,13 @@ Architecture Blog, 2015) until one call has used its budget of time.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from spotspeed.errors import ObjectNotFoundError, TransientStorageError
+from spotspeed.errors import ObjectNotFoundError, TransientStorageError, UnreadableError
 from spotspeed.storage.contract import (
     ObjectInfo,
     ReadBuffer,
@@ -23,6 +24,8 @@ from spotspeed.storage.contract import (
 )
 
 T = TypeVar("T")
+READ_ATTEMPTS = 4
+"""How often what a device fails to read is tried, within about two seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,32 @@ class RetryPolicy:
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
     uniform: Callable[[float, float], float] = field(default=random.uniform, repr=False)
 
+    def insist(self, call: Callable[[], T], *, until: threading.Event | None = None) -> T:
+        """The result of `call`, repeated while it fails transiently and the budget lasts.
+
+        Once `until` is set, nothing is repeated any more.
+        """
+        waited_s, bound_s = 0.0, self.first_s
+        while True:
+            try:
+                return call()
+            except TransientStorageError:
+                wait_s = self.uniform(0.0, min(bound_s, self.longest_s))
+                if waited_s + wait_s > self.budget_s or waited_s >= self.budget_s:
+                    raise
+                if until is None:
+                    self.sleep(wait_s)
+                elif until.wait(wait_s):
+                    raise
+                waited_s, bound_s = waited_s + wait_s, bound_s * 2
+
 
 class RetryingStorage:
     """`inner`, with every call but a writer's repeated while it fails transiently.
 
-    What has been streamed into a writer is gone from the caller's memory, so it is the stores' own
-    clients that repeat the parts of an upload; only opening the writer is repeated here.
+    What has been streamed into a writer is gone from the caller's memory, so a writer of an object
+    store repeats its parts itself, by the same policy (storage/multipart.py); only opening the
+    writer is repeated here.
     """
 
     def __init__(self, inner: Storage, policy: RetryPolicy | None = None) -> None:
@@ -109,13 +132,10 @@ class RetryingStorage:
 
     def _insist(self, call: Callable[[], T]) -> T:
         policy = self._policy
-        waited_s, bound_s = 0.0, policy.first_s
-        while True:
+        for attempt in range(READ_ATTEMPTS - 1):
             try:
-                return call()
-            except TransientStorageError:
-                wait_s = policy.uniform(0.0, min(bound_s, policy.longest_s))
-                if waited_s + wait_s > policy.budget_s or waited_s >= policy.budget_s:
-                    raise
-                policy.sleep(wait_s)
-                waited_s, bound_s = waited_s + wait_s, bound_s * 2
+                return policy.insist(call)
+            except UnreadableError:
+                # A soft mount gives up this way too, and may answer a moment later.
+                policy.sleep(policy.uniform(0.0, policy.first_s * 4**attempt))
+        return policy.insist(call)

@@ -12,10 +12,11 @@ from spotspeed.errors import (
     ObjectNotFoundError,
     StorageError,
     TransientStorageError,
+    UnreadableError,
 )
 from spotspeed.storage.contract import ReadBuffer
 from spotspeed.storage.memory import MemoryStorage
-from spotspeed.storage.retry import RetryingStorage, RetryPolicy
+from spotspeed.storage.retry import READ_ATTEMPTS, RetryingStorage, RetryPolicy
 
 
 class Flaky(MemoryStorage):
@@ -111,3 +112,27 @@ def test_the_same_bytes_of_another_count_only_after_a_failure() -> None:
     storage = RetryingStorage(flaky, policy([]))
     assert storage.create("k", b"same")
     assert not storage.create("k", b"same")
+
+
+@pytest.mark.parametrize("failures", [1, READ_ATTEMPTS - 1, READ_ATTEMPTS])
+def test_what_a_device_fails_to_read_is_tried_a_few_times_and_then_given_up(failures):
+    class Weak(MemoryStorage):
+        left = failures
+
+        def get(self, key: str, limit_bytes: int) -> bytes:
+            if self.left:
+                self.left -= 1
+                raise UnreadableError(f"read {key} failed")
+            return super().get(key, limit_bytes)
+
+    waits: list[float] = []
+    inner = Weak("m")
+    inner.put("a/b", b"x")
+    policy = RetryPolicy(sleep=waits.append, uniform=lambda low, high: high)
+    storage = RetryingStorage(inner, policy)
+    if failures < READ_ATTEMPTS:
+        assert storage.get("a/b", 10) == b"x"
+    else:
+        with pytest.raises(UnreadableError, match="a/b"):
+            storage.get("a/b", 10)
+    assert len(waits) == min(failures, READ_ATTEMPTS - 1) and sum(waits) < 3
