@@ -256,9 +256,9 @@ class NodeTier:
                 progress.state = "written"
                 self._house.sealer.add(save, sealed, is_wanted=lambda: False)
             else:
-                level = logging.INFO if isinstance(error, SupersededError) else logging.ERROR
-                _logger.log(level, "%s: %s", save, error)
-                progress.state = "failed"
+                is_loss = not isinstance(error, SupersededError)
+                _logger.log(logging.ERROR if is_loss else logging.INFO, "%s: %s", save, error)
+                progress.state = "failed" if is_loss else "stored"
 
         self._begin(Drain(part, save, drained, is_leftover=True))
 

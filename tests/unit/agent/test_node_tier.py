@@ -152,7 +152,8 @@ def test_what_a_dead_saver_left_is_drained_and_sealed_by_thenext_saver(
     assert [save.directory for save in second.house.saves] == [
         ticket_of(step).directory for step in (1, 2)
     ]  # fmt: skip
-    assert set(second.house.wait()) == {"sealed"} or second.house.wait() == ["failed", "sealed"]
+    # The older one may find itself overtaken, and is dropped then.
+    assert second.house.wait() in (["sealed", "sealed"], ["stored", "sealed"])
     check(path, ticket_of(2))
     second.tier.close()
     assert node_path(second).joinpath(ticket_of(2).directory, "sealed.json").exists()
@@ -199,7 +200,7 @@ def test_a_save_that_a_later_launch_has_left_behind_is_not_drained(
     record_restored_from(storage, 2, ticket_of(1).directory)
     second = next_saver(first, path, local_path)
     second.tier.open()
-    assert second.house.wait() == ["failed"]
+    assert second.house.wait() == ["stored"]
     assert not (path / ticket_of(9).directory).exists()
     assert not list((node_path(second) / ticket_of(9).directory).glob("rank*"))
 
