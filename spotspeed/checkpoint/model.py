@@ -16,7 +16,7 @@ from spotspeed.core.layout import (
     StoredTensor,
     TensorKey,
 )
-from spotspeed.errors import FormatError
+from spotspeed.errors import FormatError, UnsupportedLayoutError
 
 _JOB = TensorKey(KIND_BLOB, "job")
 
@@ -50,11 +50,13 @@ class Model:
 
 
 def read_model(reader: CheckpointReader) -> Model:
-    """The module's parameters in its own order, then its persistent buffers (those of rank 0).
+    """The module's parameters in its own order, then its persistent buffers.
 
-    Frozen parameters that the save was told to exclude are not among them.
+    The buffers are those of rank 0, or of the first rank of each pipeline stage. Frozen parameters
+    that the save was told to exclude are not among them.
 
-    Raises FormatError when the checkpoint does not describe its model, or contradicts itself.
+    Raises FormatError when the checkpoint does not describe its model, or contradicts itself;
+    UnsupportedLayoutError for buffers inside of experts that several ranks hold.
     """
     ticket = reader.manifest.ticket
     job = plain.decode(reader.blob(_JOB), source=f"{ticket.directory}: job")
@@ -72,8 +74,17 @@ def read_model(reader: CheckpointReader) -> Model:
             f"{ticket.directory}: the job's description of its model is missing or incomplete "
             f"({type(error).__name__}: {error})"
         ) from error
+    scopes, taken = _buffer_scopes(model), set[str]()
     for key, stored in sorted(reader.tensors().items()):
-        if key.kind == KIND_BUFFER and key.scope == "rank-0" and key.name not in transient:
+        if key.kind != KIND_BUFFER or key.scope not in scopes or key.name in transient:
+            continue
+        if len(scopes) > 1 and ".deepspeed_experts." in key.name:
+            raise UnsupportedLayoutError(
+                f"{ticket.directory}: buffer {key.name} is of an expert whose number in the job "
+                f"is not stored; load it with spotspeed instead"
+            )
+        if key.name not in taken:
+            taken.add(key.name)
             weights.append(Weight(key.name, stored.shape, stored.dtype, key, {}, is_buffer=True))
     return Model(tuple(weights), aliases, job)
 
@@ -87,6 +98,15 @@ def _is_left_out(
         and 0 not in said["shape"]
         and TensorKey(KIND_WEIGHT, name) not in tensors
     )
+
+
+def _buffer_scopes(model: Any) -> frozenset[str]:
+    """The scopes of the ranks whose buffers are the model's: the first rank of each part."""
+    places = (model.get("mesh") or {}).get("places") or [["", 0]]
+    first: dict[str, int] = {}
+    for rank, (part, _) in enumerate(places):
+        first.setdefault(str(part), rank)
+    return frozenset(f"rank-{rank}" for rank in first.values())
 
 
 def _parameter(

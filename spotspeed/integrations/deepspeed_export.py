@@ -115,6 +115,11 @@ class _Source:
                 f"optimizer {optimizer}: DeepSpeed lays its state out in a way that is not "
                 f"written here; restore with spotspeed instead"
             )
+        if self.said.get("mesh"):
+            raise UnsupportedLayoutError(
+                f"the model is divided ({self.said['mesh']['degrees']}): only data-parallel "
+                f"training is written; restore with spotspeed instead"
+            )
         scopes = sorted({key.scope for key in self.reader.tensors()
                          if key.kind == KIND_MASTER and key.scope})  # fmt: skip
         if scopes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.ranks import ROOT, run_ranks
 
@@ -60,6 +62,11 @@ class Runs:
         self._folder = folder
         self._recorded: dict[str, dict[tuple[int, str], Any]] = {}
         self._resumed: dict[str, dict[tuple[int, int, str, str], Any]] = {}
+
+    def path(self, ranks: int, case: str) -> str:
+        """Where `case` was saved on so many ranks."""
+        self.recorded(ranks, case)
+        return str(self._folder / f"{case}-w{ranks}")
 
     def recorded(self, ranks: int, case: str) -> Any:
         """What `case` wrote on so many ranks."""
@@ -205,3 +212,16 @@ def test_a_pipeline_of_two_stages_resumes_bit_for_bit(tmp_path: Path, unpickling
     results = _run("resume", tmp_path, 2, [(2, "pipe-1", "pipe-1"), (2, "pipe-1", "pipe-of-1")])
     _assert_continues(before, results[2, "pipe-1", "pipe-1"])
     assert "pipeline parallelism 2" in results[2, "pipe-1", "pipe-of-1"]["error"]
+
+
+@pytest.mark.full
+def test_the_weights_of_all_stages_are_exported_together(runs: Runs, tmp_path: Path) -> None:
+    before = runs.recorded(2, "pipe-1")["middle"]
+    file = tmp_path / "weights.safetensors"
+    words = ["export", runs.path(2, "pipe-1"), "middle", "--to", "safetensors", str(file)]
+    subprocess.run([sys.executable, "-m", "spotspeed", *words], check=True, cwd=ROOT)
+    found = load_file(file)
+    assert torch.equal(found["4.gain"], before["state"].tensors["fp32:4.gain"])
+    for own in before["ranks"]:
+        for name, values in own["buffers"].items():
+            assert torch.equal(found[name], values), name
