@@ -123,3 +123,13 @@ def test_a_job_resumes_from_the_node_what_is_damaged_at_the_store(tmp_path: Path
     assert next(record["step"] for record in launch.records()) == 5
     (run,) = node.iterdir()
     assert [place.name[:17] for place in sorted(run.glob("step-*"))] == ["step-000000000006"]
+
+
+@pytest.mark.full
+@pytest.mark.ranks
+def test_a_tier_inside_the_store_refuses_the_launch_for_good(tmp_path: Path) -> None:
+    job = Job(tmp_path / "job", 2, {"local_path": str(tmp_path / "job" / "checkpoints" / "fast")})
+    with job.start(2, steps=2) as launch:
+        finished = launch.finish()
+    assert finished.returncode == 77, finished.output[-6000:]
+    assert "lies inside `path`" in finished.output
