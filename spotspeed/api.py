@@ -55,8 +55,9 @@ def async_save(
     when the checkpoint is durable.
 
     Raises CaptureError naming the key path of what cannot be stored, ConfigError without a path or
-    for a tag that is no name, CoordinationError naming the ranks that do not call; the same on
-    every rank. What fails later comes out of the futures.
+    for a tag that is no name; the same on every rank. CoordinationError names the ranks that do not
+    call, once they have begun another training forward (one that is only slow is waited for); the
+    training may go on. What fails later comes out of the futures.
     """
     return _begin(_checkpointer_of(engine, path), path, tag, client_state)
 

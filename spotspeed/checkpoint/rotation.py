@@ -7,6 +7,7 @@ A checkpoint is given up only when its own marker was there before the call and 
 So nothing is concluded from absence: a file system that is not mounted, a directory that was moved
 (also by `shutil.move`) or never written gives up nothing. A copy of a marker directory is another
 pointer to the same data and does not keep it; deleting a copy, or what was moved, gives up nothing.
+Other processes, and code that took `rmtree` out of shutil before the first marker, are not seen.
 
     PATH/unmarked/DIRECTORY      says that checkpoint DIRECTORY was given up, for the collector
 """
