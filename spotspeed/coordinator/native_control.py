@@ -44,7 +44,7 @@ class NativeControl:
         self.departed: Departed | None = None
         self.is_closed = self.is_over = False
         self.exchanged: dict[int, Exchanged] = {}
-        self._has_reached = False
+        self._has_reached = self._is_abandoned = False
         self._source = source
         self._tap = source.signals.tap()
         names = {number: signal.Signals(number).name for number in source.signals.heard()}
@@ -81,7 +81,7 @@ class NativeControl:
         self._native.reached()
 
     def stop(self, drain_s: float) -> None:
-        if threading.current_thread() is self._thread or self.is_over:
+        if threading.current_thread() is self._thread or self._is_abandoned:
             return
         self._native.stop(drain_s)
         self._thread.join()
@@ -91,7 +91,7 @@ class NativeControl:
 
     def abandon_in_child(self) -> None:
         """A forked child has neither of the threads."""
-        self.is_over = True
+        self.is_over = self._is_abandoned = True
         self._native.abandon()
 
     # The thread of Python.
