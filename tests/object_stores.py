@@ -8,18 +8,22 @@ of spotspeed's: the servers speak the protocols, and the usual clients talk to t
 from __future__ import annotations
 
 import contextlib
+import http.client
+import http.server
 import importlib.util
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -193,3 +197,52 @@ def _wait_answer(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
         assert process.poll() is None, f"the server ended with {process.returncode}\n{text}"
         assert time.monotonic() < deadline, f"no answer from {url}\n{text}"
         time.sleep(0.02)
+
+
+class RefusingProxy:
+    """Passes requests on to a server; answers 503 instead while `refuses(method, target)`."""
+
+    def __init__(self, endpoint: str, refuses: Callable[[str, str], bool]) -> None:
+        upstream = urlsplit(endpoint)
+        assert upstream.hostname is not None
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def answer(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length)
+                if refuses(self.command, self.path):
+                    self.send_response(503)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                connection = http.client.HTTPConnection(upstream.hostname or "", upstream.port)
+                connection.request(self.command, self.path, body, dict(self.headers.items()))
+                reply = connection.getresponse()
+                content = reply.read()
+                self.send_response(reply.status)
+                for name, value in reply.getheaders():
+                    if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content)
+                connection.close()
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()

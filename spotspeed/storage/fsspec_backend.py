@@ -1,10 +1,10 @@
 """Objects in any store that fsspec reaches: S3, Google Cloud Storage, Azure, and others.
 
 The stores named in `_OBJECT_STORES` publish an object when its upload completes, and refuse a
-conditional put atomically in the backend's own code; a writer streams to the final key there.
-Elsewhere a writer streams to a hidden name and moves it, as atomically as that store moves, and
-`create` is exists-then-put (`has_atomic_create` is False): fsspec's generic `create` mode is no
-more than that.
+conditional put atomically in the backend's own code; a writer sends parts to the final key there
+(storage/multipart.py), or streams to it where the client is not one that is known. Elsewhere a
+writer streams to a hidden name and moves it, as atomically as that store moves, and `create` is
+exists-then-put (`has_atomic_create` is False): fsspec's generic `create` mode is no more than that.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from spotspeed.storage.contract import (
     ObjectInfo,
     ReadBuffer,
     WriteBuffer,
+    Writer,
     as_bytes_view,
     check_key,
     check_prefix,
@@ -33,25 +34,38 @@ from spotspeed.storage.fsspec_failures import (
     is_range_failure,
     remote_error,
 )
+from spotspeed.storage.multipart import MultipartWriter, Target
+from spotspeed.storage.part_uploads import (
+    HIDDEN,
+    PART_BYTES,
+    S3Upload,
+    abort_s3_uploads,
+    upload_kind,
+)
+from spotspeed.storage.retry import RetryPolicy
 
-BLOCK_BYTES = 16 * 1024 * 1024
-"""Size of one part of a streamed upload; S3 takes at most 10,000 parts, so 160 GB an object."""
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
 _IMITATED = frozenset({"s3", "s3a"})
 """Protocols that many stores speak and not all speak well."""
 _READ_ONLY = frozenset({"http", "https"})
-_HIDDEN = ".tmp-"
 
 
 class FsspecStorage:
-    """A Storage below an fsspec URL; `filesystem` defaults to the one the URL names."""
+    """A Storage below an fsspec URL; `filesystem` defaults to the one the URL names.
 
-    def __init__(self, url: str, *, filesystem: Any = None) -> None:
+    `policy` is how the parts of an upload are repeated; other calls are not repeated here.
+    """
+
+    def __init__(
+        self, url: str, *, filesystem: Any = None, policy: RetryPolicy | None = None
+    ) -> None:
+        self._policy = RetryPolicy() if policy is None else policy
         self._url = url.rstrip("/")
         self._protocol = url.split("://", 1)[0].split("::", 1)[0]
         self._fs = _filesystem(url) if filesystem is None else filesystem
         self._root = self._fs._strip_protocol(self._url).rstrip("/")
         self._is_object_store = self._protocol in _OBJECT_STORES
+        self._upload = upload_kind(self._fs, self._protocol)
         self._is_conditional = self._is_object_store
         self._is_proven = self._protocol not in _IMITATED
 
@@ -98,16 +112,28 @@ class FsspecStorage:
             self._is_proven = True
         return is_new
 
-    def writer(self, key: str) -> FsspecWriter:
+    def writer(self, key: str) -> Writer:
         path = self._writable(key)
+        begin = self._upload
+        if begin is not None:
+            return MultipartWriter(
+                Target(
+                    place=self._place(key),
+                    failing=lambda operation: self._failing(operation, key),
+                    begin=lambda: begin(self._fs, path),
+                    put=lambda content: self.put(key, content),
+                    size=lambda: self.size(key),
+                ),
+                self._policy,
+            )
         target = path
         if not self._is_object_store:
             parent, _, _ = path.rpartition("/")
-            target = f"{parent}/{_HIDDEN}{secrets.token_hex(12)}"
+            target = f"{parent}/{HIDDEN}{secrets.token_hex(12)}"
             with self._failing("write", key):
                 self._fs.makedirs(parent, exist_ok=True)
         with self._failing("write", key):
-            file = self._fs.open(target, "wb", block_size=BLOCK_BYTES)
+            file = self._fs.open(target, "wb", block_size=PART_BYTES)
         return FsspecWriter(self._fs, file, (target, path), self._place(key))
 
     def get(self, key: str, limit_bytes: int) -> bytes:
@@ -161,6 +187,8 @@ class FsspecStorage:
             self._fs.invalidate_cache()
             if self._fs.isdir(path):
                 self._fs.rm(path, recursive=True)
+        if self._upload is S3Upload:
+            self._end_uploads(prefix, path)
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         path = self._below(prefix)
@@ -200,6 +228,15 @@ class FsspecStorage:
                 if is_range_failure(error):
                     return b""
                 raise
+
+    def _end_uploads(self, prefix: str, path: str) -> None:
+        """Give up what dead writers have begun below `path`."""
+        try:
+            with self._failing("list unfinished uploads of", prefix):
+                abort_s3_uploads(self._fs, path)
+        except StorageError as error:
+            # Everything that has a name is gone, and that is what the caller needs.
+            events.emit(events.Lost(f"unfinished uploads below {self._place(prefix)}", str(error)))
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}"

@@ -9,7 +9,7 @@ from spotspeed.errors import ConfigError
 from spotspeed.storage.contract import Storage
 from spotspeed.storage.local import LocalStorage
 from spotspeed.storage.memory import MemoryStorage
-from spotspeed.storage.retry import RetryingStorage
+from spotspeed.storage.retry import RetryingStorage, RetryPolicy
 
 _memories: dict[str, MemoryStorage] = {}
 _memories_lock = threading.Lock()
@@ -22,10 +22,11 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
     process; anything else is opened by fsspec. Raises ConfigError when the URL cannot name a
     store, with what to write instead.
     """
-    return RetryingStorage(_open_plain(os.fspath(url)))
+    policy = RetryPolicy()
+    return RetryingStorage(_open_plain(os.fspath(url), policy), policy)
 
 
-def _open_plain(url: str) -> Storage:
+def _open_plain(url: str, policy: RetryPolicy) -> Storage:
     if not url or "\0" in url:
         raise ConfigError(f"path {url!r} names nothing: give a directory or a URL like s3://bucket")
     scheme, separator, rest = url.partition("://")
@@ -43,7 +44,7 @@ def _open_plain(url: str) -> Storage:
     # fsspec takes a while to import, and the saver of a local path does without.
     from spotspeed.storage.fsspec_backend import FsspecStorage
 
-    return FsspecStorage(url)
+    return FsspecStorage(url, policy=policy)
 
 
 def _open_directory(path: str) -> Storage:

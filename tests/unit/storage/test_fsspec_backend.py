@@ -18,12 +18,13 @@ from fsspec.spec import AbstractBufferedFile
 from spotspeed import events
 from spotspeed.errors import ObjectNotFoundError, StorageError, TransientStorageError
 from spotspeed.storage import open_storage
-from spotspeed.storage.fsspec_backend import BLOCK_BYTES, FsspecStorage
+from spotspeed.storage.fsspec_backend import FsspecStorage
 from spotspeed.storage.fsspec_failures import (
     is_precondition_failure,
     is_range_failure,
     remote_error,
 )
+from spotspeed.storage.part_uploads import PART_BYTES
 
 
 class HttpError(Exception):
@@ -139,7 +140,7 @@ def heard() -> Iterator[list[events.Event]]:
 
 
 def test_an_upload_in_parts_appears_whole_and_at_the_end() -> None:
-    storage, block = bucket(), b"0123456789abcdef" * (BLOCK_BYTES // 32)
+    storage, block = bucket(), b"0123456789abcdef" * (PART_BYTES // 32)
     with storage.writer("shard") as writer:
         for _ in range(5):
             writer.write(block)
@@ -156,7 +157,7 @@ def test_an_upload_given_up_never_appears_and_a_store_that_keeps_parts_is_told(
 ) -> None:
     storage = bucket()
     writer = storage.writer("shard")
-    writer.write(bytes(BLOCK_BYTES + 1))
+    writer.write(bytes(PART_BYTES + 1))
     writer.abort()
     del writer
     assert storage.list() == []
