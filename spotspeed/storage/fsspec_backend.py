@@ -42,6 +42,7 @@ from spotspeed.storage.part_uploads import (
     abort_s3_uploads,
     upload_kind,
 )
+from spotspeed.storage.redaction import harmless
 from spotspeed.storage.retry import RetryPolicy
 
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
@@ -213,7 +214,7 @@ class FsspecStorage:
         except Exception as error:
             if is_precondition_failure(error):
                 return False
-            raise remote_error("create", self._place(key), error) from error
+            raise remote_error("create", self._place(key), error) from harmless(error)
         return True
 
     def _range(self, key: str, start: int, stop: int) -> bytes:
@@ -262,7 +263,7 @@ class FsspecStorage:
         try:
             yield
         except Exception as error:
-            raise remote_error(operation, self._place(key), error) from error
+            raise remote_error(operation, self._place(key), error) from harmless(error)
 
 
 class FsspecWriter:
@@ -284,7 +285,8 @@ class FsspecWriter:
         try:
             file.write(view)
         except Exception as error:
-            raise remote_error(f"write at byte {self._position} of", self._place, error) from error
+            what = f"write at byte {self._position} of"
+            raise remote_error(what, self._place, error) from harmless(error)
         self._position += len(view)
 
     def commit(self) -> None:
@@ -295,7 +297,7 @@ class FsspecWriter:
                 self._fs.mv(self._written, self._final)
             self._file = None
         except Exception as error:
-            raise remote_error("commit", self._place, error) from error
+            raise remote_error("commit", self._place, error) from harmless(error)
         finally:
             self.abort()
 

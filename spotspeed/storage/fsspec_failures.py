@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from spotspeed.errors import SpotSpeedError, StorageError, TransientStorageError
 from spotspeed.storage.failures import TRANSIENT_ERRNOS, storage_error
+from spotspeed.storage.redaction import redact
 
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _PRECONDITION_CODES = frozenset({"PreconditionFailed", "412", "BlobAlreadyExists"})
@@ -100,5 +101,6 @@ def _service_code(error: BaseException) -> str | None:
 
 
 def _describe(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
+    # Redacted whole: what is cut in the middle is not recognised.
+    text = " ".join(redact(str(error)).split())[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -9,6 +9,7 @@ from spotspeed.errors import ConfigError
 from spotspeed.storage.contract import Storage
 from spotspeed.storage.local import LocalStorage
 from spotspeed.storage.memory import MemoryStorage
+from spotspeed.storage.redaction import refuse_credentials
 from spotspeed.storage.retry import RetryingStorage, RetryPolicy
 
 _memories: dict[str, MemoryStorage] = {}
@@ -30,7 +31,9 @@ def _open_plain(url: str, policy: RetryPolicy) -> Storage:
     if not url or "\0" in url:
         raise ConfigError(f"path {url!r} names nothing: give a directory or a URL like s3://bucket")
     scheme, separator, rest = url.partition("://")
-    if not separator:
+    if separator:
+        refuse_credentials(url)
+    else:
         return _open_directory(os.path.abspath(os.path.expanduser(url)))
     if scheme in ("file", "local"):
         if not rest.startswith("/"):

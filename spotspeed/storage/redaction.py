@@ -1,0 +1,64 @@
+"""Keeps credentials out of what is written: error texts, logs, manifests, command lines."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from spotspeed.errors import ConfigError
+
+REDACTED = "***"
+_SECRET_NAME = re.compile(
+    r"(SECRET|TOKEN|PASSWORD|ACCESS_KEY|ACCOUNT_KEY|STORAGE_KEY|CONNECTION_STRING|CREDENTIAL)"
+)
+_SHORTEST = 8
+"""Shorter values of environment variables are no secrets, and common in other words."""
+_PARAMETERS = (
+    r"sig|signature|token|secret|password|credential|accountkey|sharedaccesskey|access_token|"
+    r"x-amz-[a-z-]+|x-goog-[a-z-]+|awsaccesskeyid|aws_secret_access_key|client_secret|private_key"
+)
+_PATTERNS = (
+    (re.compile(r"(://[^/\s:@]*):[^/\s@]+@"), rf"\1:{REDACTED}@"),
+    (re.compile(rf"(?i)\b({_PARAMETERS})(\"?\s*[=:]\s*\"?)[^&;,\s\"']+"), rf"\1\2{REDACTED}"),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9+/._~=-]{8,}"), rf"\1 {REDACTED}"),
+    (re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b"), REDACTED),
+)
+_URL_SECRETS = re.compile(rf"(?i)(://[^/\s:@]*:[^/\s@]+@)|[?&]({_PARAMETERS})=")
+
+
+def redact(text: str) -> str:
+    """`text` without passwords, signatures and keys, and without this process's own secrets.
+
+    The latter are the values of environment variables whose names say that they are secret.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and not value.startswith("/") and _SECRET_NAME.search(name):
+            text = text.replace(value, REDACTED)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def refuse_credentials(url: str) -> None:
+    """Raise ConfigError for a URL that carries a password or a signature.
+
+    It would stand in process lists, markers, events and manifests.
+    """
+    if _URL_SECRETS.search(url):
+        raise ConfigError(
+            f"path {redact(url)!r} carries credentials: write the URL without them, and give them "
+            f"by the store's usual chain (environment variables, a profile, the machine's role)"
+        )
+
+
+def harmless(error: BaseException) -> BaseException | None:
+    """`error`, to be shown as a cause, or None when it or what caused it names a secret."""
+    link: BaseException | None = error
+    for _ in range(16):
+        if link is None:
+            return error
+        text = str(link)
+        if redact(text) != text:
+            return None
+        link = link.__cause__ or link.__context__
+    return None
