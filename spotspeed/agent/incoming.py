@@ -92,6 +92,11 @@ class IncomingSave:
         return f"{self.ticket.directory}, rank {self.rank}"
 
     @property
+    def is_urgent(self) -> bool:
+        """Whether the machine goes away: nothing is to wait for the training's sake any more."""
+        return self.ticket.reason == "notice"
+
+    @property
     def is_staged(self) -> bool:
         """Whether everything has arrived, so that the rank is not needed any more."""
         return self._has_ended

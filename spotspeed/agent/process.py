@@ -1,4 +1,4 @@
-"""How the saver becomes a process of its own: election, double fork, log, low priority.
+"""How the saver becomes a process of its own: election, double fork, log, priorities.
 
 Launchers kill by process group, by session and by walking the descendants of a rank; a process
 that has been forked twice and leads a session of its own is in none of these.
@@ -61,8 +61,8 @@ def detach(listener: socket.socket, name: str) -> Log | None:
     """Leave the caller's process tree; None in the process that the caller waits for.
 
     In the saver: a session of its own, no controlling terminal, no descriptors but the listener
-    and the log, signals by which launchers end jobs ignored, low priority. Must be called before
-    any thread has been started.
+    and the log, signals by which launchers end jobs ignored. Must be called before any thread has
+    been started.
     """
     path = log_directory() / f"{name}.log"
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
@@ -87,7 +87,7 @@ def detach(listener: socket.socket, name: str) -> Log | None:
     os.closerange(3, kept)
     os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
     os.chdir("/")
-    lower_priority()
+    free_cores()
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING,
         format=f"%(asctime)s saver[{os.getpid()}] %(levelname)s %(message)s",
@@ -95,13 +95,19 @@ def detach(listener: socket.socket, name: str) -> Log | None:
     return Log(path)
 
 
-def lower_priority() -> None:
-    """Yield CPU and disk to the training; what the kernel refuses is left as it is.
-
-    Leaves the cores to which a launcher has bound the rank that started this process, too.
-    """
+def free_cores() -> None:
+    """Leave the cores to which a launcher has bound the rank that started this process."""
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def lower_priority() -> None:
+    """Let the calling thread yield CPU and disk to the training, for good.
+
+    Only a privileged process may raise the priority again; so the threads that store ordinary
+    saves are lowered, and those that store the save of a notice never were. What the kernel refuses
+    is left as it is.
+    """
     try:
         os.nice(NICE)
     except OSError as error:

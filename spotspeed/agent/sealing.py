@@ -49,7 +49,7 @@ class Sealer:
         is_local = "://" not in storage.url
         self._longest_pause_s = LONGEST_PAUSE_S if is_local else LONGEST_REMOTE_PAUSE_S
         self._watched: list[_Watched] = []
-        self._broken: dict[str, str] = {}
+        self._broken: dict[tuple[str, int], str] = {}
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="sealer", daemon=True).start()
 
@@ -64,14 +64,19 @@ class Sealer:
             self._watched.append(_Watched(save, on_outcome, is_wanted, now, now, FIRST_PAUSE_S))
             self._changed.notify_all()
 
-    def broken(self, directory: str, reason: str) -> None:
-        """A rank of this node cannot complete its part: nobody will ever seal `directory`."""
+    def broken(self, directory: str, rank: int, reason: str) -> None:
+        """A rank of this node cannot complete its part: nobody will seal `directory`."""
         with self._changed:
-            self._broken[directory] = reason
+            self._broken[directory, rank] = reason
             for watched in self._watched:
                 if watched.save.ticket.directory == directory:
                     watched.due = 0.0
             self._changed.notify_all()
+
+    def mended(self, directory: str, rank: int) -> None:
+        """The rank tries again."""
+        with self._changed:
+            self._broken.pop((directory, rank), None)
 
     def _run(self) -> None:
         while True:
@@ -124,6 +129,8 @@ class Sealer:
             # The other saves of this node still need this thread.
             _logger.exception("%s: sealing failed", directory)
             return StorageError(f"{directory}: sealing failed in the saver: {error!r}")
-        if manifest is None and directory in self._broken:
-            return StorageError(f"{directory} will not be sealed: {self._broken[directory]}")
+        with self._changed:
+            broken = [why for (at, _), why in self._broken.items() if at == directory]
+        if manifest is None and broken:
+            return StorageError(f"{directory} will not be sealed: {broken[0]}")
         return manifest

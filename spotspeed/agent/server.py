@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from spotspeed.agent.arena import SlotArena, create_arena
 from spotspeed.agent.incoming import SaveProgress, State
 from spotspeed.agent.node_tier import NodeTier
+from spotspeed.agent.process import lower_priority
 from spotspeed.agent.sealing import Sealer
 from spotspeed.agent.session import Session
 from spotspeed.agent.writing import encoder_threads
@@ -53,7 +54,10 @@ class Server:
     """Accepts sessions at `listener` and stores what they stage in the store at `url`."""
 
     def __init__(self, listener: socket.socket, url: str) -> None:
-        self.encoders = ThreadPoolExecutor(encoder_threads(), thread_name_prefix="encoder")
+        self.encoders = ThreadPoolExecutor(
+            encoder_threads(), thread_name_prefix="encoder", initializer=lower_priority
+        )
+        self.urgent_encoders = ThreadPoolExecutor(encoder_threads(), thread_name_prefix="urgent")
         self._listener = listener
         self._sessions: set[Session] = set()
         self._seen_off: list[socket.socket] = []

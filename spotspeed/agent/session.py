@@ -18,6 +18,7 @@ from spotspeed.agent.arena import SlotArena
 from spotspeed.agent.incoming import IncomingSave, SaveProgress, StoppedError
 from spotspeed.agent.ledger import SlotLedger
 from spotspeed.agent.node_tier import NodeTier
+from spotspeed.agent.process import lower_priority
 from spotspeed.agent.renewal import Renewal
 from spotspeed.agent.sealing import Sealer
 from spotspeed.agent.writing import Workshop, store
@@ -65,6 +66,11 @@ class House(Protocol):
     @property
     def encoders(self) -> ThreadPoolExecutor: ...
 
+    @property
+    def urgent_encoders(self) -> ThreadPoolExecutor:
+        """Threads of normal priority, for the save of a notice."""
+        ...
+
     def began(self, save: SaveProgress) -> None:
         """A save has begun to arrive."""
 
@@ -104,6 +110,7 @@ class Session:
         self._saves: dict[int, IncomingSave] = {}
         self._last_number = 0
         self._queue: queue.SimpleQueue[IncomingSave | None] = queue.SimpleQueue()
+        self._urgent: queue.SimpleQueue[IncomingSave | None] = queue.SimpleQueue()
 
     def __str__(self) -> str:
         return f"rank {self.hello.rank} (process {self.hello.pid})"
@@ -122,8 +129,10 @@ class Session:
 
     def serve(self, house: House, decoder: Decoder) -> None:
         """Read until the rank is gone, and return when everything it staged has been stored."""
-        writer = threading.Thread(target=self._write, args=(house,), name="writer", daemon=True)
-        writer.start()
+        writers = [threading.Thread(target=self._write, args=(house, is_urgent), name="writer",
+                                    daemon=True) for is_urgent in (False, True)]  # fmt: skip
+        for writer in writers:
+            writer.start()
         reason = "its rank left before everything was staged"
         try:
             for data in _received(self._socket, self._peer_pid):
@@ -139,8 +148,9 @@ class Session:
                 save.stop(reason)
         if self._renewal is not None:
             self._renewal.drain()
-        self._queue.put(None)
-        writer.join()
+        for queued, writer in zip((self._queue, self._urgent), writers, strict=True):
+            queued.put(None)
+            writer.join()
         if self._renewal is not None:
             self._renewal.stop()
         with self._send_lock:
@@ -204,14 +214,21 @@ class Session:
         save = IncomingSave(begin, layout, parts)
         self._saves[save.number] = save
         house.began(save.progress)
-        self._queue.put(save)
+        house.sealer.mended(save.ticket.directory, save.rank)
+        (self._urgent if save.is_urgent else self._queue).put(save)
 
-    def _write(self, house: House) -> None:
-        """Body of the writer thread: store the saves in the order in which they began."""
-        while (save := self._queue.get()) is not None:
+    def _write(self, house: House, is_urgent: bool) -> None:
+        """Body of a writer thread: store the saves in the order in which they began.
+
+        That of a notice has a thread of its own, of normal priority: it overtakes the others.
+        """
+        if not is_urgent:
+            lower_priority()
+        encoders = house.urgent_encoders if is_urgent else house.encoders
+        while (save := (self._urgent if is_urgent else self._queue).get()) is not None:
             assert self.arena is not None
             workshop = Workshop(
-                house.storage, self.arena, self._ledger, house.encoders,
+                house.storage, self.arena, self._ledger, encoders,
                 lambda: not self.is_connected, self._tier, self._bypassed,
             )  # fmt: skip
             try:
@@ -254,7 +271,8 @@ class Session:
             logging.INFO if isinstance(error, StoppedError) else logging.ERROR,
             "%s failed: %s", save, error,
         )  # fmt: skip
-        house.sealer.broken(save.ticket.directory, f"rank {save.rank} failed: {error}")
+        why = f"rank {save.rank} failed: {error}"
+        house.sealer.broken(save.ticket.directory, save.rank, why)
         self._settled(save, error)
 
     def _settled(self, save: IncomingSave, outcome: Manifest | SpotSpeedError) -> None:

@@ -78,8 +78,19 @@ def test_a_rank_that_cannot_complete_ends_the_waiting(tmp_path: Path, outcomes: 
     sealer = Sealer(storage)
     _write(storage, 0)
     _add(sealer, 0, outcomes)
-    sealer.broken(TICKET.directory, "rank 1 failed: disk full")
+    sealer.broken(TICKET.directory, 1, "rank 1 failed: disk full")
     assert "rank 1 failed: disk full" in str(outcomes.get(timeout=LIMIT_S)[1])
+
+
+def test_a_rank_that_tries_again_is_waited_for(tmp_path: Path, outcomes: Outcomes) -> None:
+    storage = LocalStorage(tmp_path)
+    sealer = Sealer(storage)
+    sealer.broken(TICKET.directory, 1, "rank 1 failed: its saver died")
+    sealer.mended(TICKET.directory, 1)
+    _write(storage, 0)
+    _add(sealer, 0, outcomes)
+    _write(storage, 1)
+    assert isinstance(outcomes.get(timeout=LIMIT_S)[1], Manifest)
 
 
 def test_an_abandoned_save_is_not_waited_for(tmp_path: Path, outcomes: Outcomes) -> None:
