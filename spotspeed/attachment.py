@@ -40,6 +40,7 @@ def attach(
     that spotspeed does not know, and OwnedError when another living job has the path; the same on
     every rank.
     """
+    watch_refusals()
     return _tie(engine, require_block(engine), loader, state=state)
 
 
@@ -49,6 +50,7 @@ def attach_next(engine: Engine) -> Checkpointer:
     Each goes on in the next launch where it was: the second engine made with a path lives at
     `engine-2` below it, and so on, in the order in which the script makes them.
     """
+    watch_refusals()
     config = require_block(engine)
     path = absolute(config.path)
     number = _tied[path] + 1
@@ -61,7 +63,6 @@ def attach_next(engine: Engine) -> Checkpointer:
 
 def _tie(engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
          state: Mapping[str, Stateful] | None = None) -> Checkpointer:  # fmt: skip
-    watch_refusals()
     rehearsal = rehearsal_here()
     block = config if rehearsal is None else redirected(rehearsal, config)
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from spotspeed import events
 from spotspeed.checkpoint.agreement import Exchange, raise_first, share, share_all, vote
-from spotspeed.checkpoint.catalog import describe, list_sealed
+from spotspeed.checkpoint.catalog import describe, list_sealed, scan
 from spotspeed.checkpoint.collector import Collector
 from spotspeed.checkpoint.commit import roll_forward
 from spotspeed.checkpoint.ownership import (
@@ -261,7 +261,8 @@ def _claim(
         for manifest in roll_forward(storage).sealed:
             info = describe(manifest)
             events.emit(events.Sealed(info.directory, info.tag, info.step, info.size_bytes, 0.0))
-        newest = [(info.step, info.digest) for info in list_sealed(storage)[:1]]
+        # Quietly: it is the restore that says which damaged ones it passes over.
+        newest = [(info.step, info.digest) for info in scan(storage).sealed[:1]]
         return {"epoch": claimed.epoch, "newest": newest}
 
     answer = share(exchange, "epoch", rank, claim)

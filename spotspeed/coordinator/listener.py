@@ -25,6 +25,8 @@ class CutListener(Protocol):
     def on_capture(self, cut: Cut) -> None:
         """The state is that of `cut.step`, and stays so until `report_staged(cut.round)`.
 
+        Before `start` the step is -1: nothing has been trained or restored yet.
+
         Must lead to `report_staged` and `report_durable`, or to `report_failed`, from any thread.
         Several captures may be open, also of one step: one save may answer both.
         """
@@ -79,18 +81,14 @@ class Teller:
         self._tell(lambda: self._listener.on_notice(source, seconds_left))
 
     def capture(self, cut: Cut) -> None:
-        """Hand the capture over; before `start` there is no state to speak of."""
-        if cut.step <= STEP_MASK:
-            self._failed(cut.round, "nothing has been trained or restored yet")
-            return
+        """Hand the capture over."""
         failure = self._tell(lambda: self._listener.on_capture(public(cut)))
         if failure is not None:
             self._failed(cut.round, failure)
 
     def settle(self, cut: Cut, digest: str | None, why: str) -> None:
         """Tell the outcome, then let the training change what was still being copied."""
-        if cut.step > STEP_MASK:
-            self._tell(lambda: self._listener.on_outcome(public(cut), digest, why))
+        self._tell(lambda: self._listener.on_outcome(public(cut), digest, why))
         self._delivered(cut.round)
 
     def agreed(self, cut: Cut, now: float) -> None:
@@ -119,5 +117,5 @@ class Teller:
 
 
 def public(cut: Cut) -> Cut:
-    """`cut` with the optimizer step instead of the position."""
-    return replace(cut, step=cut.step & STEP_MASK)
+    """`cut` with the optimizer step instead of the position; -1 before `start`."""
+    return replace(cut, step=cut.step & STEP_MASK if cut.step > STEP_MASK else -1)

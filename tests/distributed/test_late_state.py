@@ -23,6 +23,7 @@ def restored(output: str) -> dict[int, tuple[str, str]]:
     return {int(rank): (alone[rank], whole[rank]) for rank in whole}
 
 
+@pytest.mark.full
 def test_a_step_that_had_not_ended_is_restored_by_the_engine_alone(tmp_path: Path) -> None:
     run_ranks(2, DRIVER, str(tmp_path), "notice", timeout_s=200, check=False)
     finished = run_ranks(2, DRIVER, str(tmp_path), "restore", timeout_s=200)

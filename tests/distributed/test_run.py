@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ranks
 
 
 @pytest.mark.parametrize(("stage", "launcher", "number"), [
-    pytest.param(3, by_mpirun, signal.SIGUSR1, id="zero3-mpirun"),
+    pytest.param(3, by_mpirun, signal.SIGUSR1, id="zero3-mpirun", marks=pytest.mark.full),
     pytest.param(0, by_deepspeed, signal.SIGTERM, id="zero0-deepspeed"),
     pytest.param(2, by_torchrun, signal.SIGTERM, id="zero2-torchrun", marks=pytest.mark.full),
     pytest.param(1, by_accelerate, signal.SIGUSR1, id="zero1-accelerate", marks=[

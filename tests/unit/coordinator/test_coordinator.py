@@ -227,16 +227,31 @@ def test_close_waits_for_all_ranks_and_says_which_call_is_missing() -> None:
         assert job.each(lambda rank: job.coordinators[rank].close(WAIT_S)) == [GateVerdict.GO] * 2
 
 
-def test_a_notice_before_anything_was_trained_lets_all_leave_without_a_save() -> None:
+def test_a_notice_before_anything_was_trained_asks_for_what_there_was_before() -> None:
     with job_of(2) as job:
         job.coordinators[1].notice("test", 60.0)
         for saver in job.savers:
             saver.wait(lambda saver=saver: bool(saver.left))
-        first, other = (saver.left for saver in job.savers)
-        assert first == other
-        assert first[0].endswith(": nothing has been trained or restored yet")
+            assert {cut.step for cut in saver.captures} == {-1}
+            ((cut, digest, _),) = saver.outcomes
+            assert (cut.step, digest) == (-1, f"seal of {cut.attempt}")
         assert job.each(lambda rank: job.coordinators[rank].start(7)) == [GateVerdict.LEAVE] * 2
-        assert [saver.captures for saver in job.savers] == [[], []]
+
+
+def test_before_anything_was_trained_all_may_leave_without_a_save() -> None:
+    with job_of(2) as job:
+        for saver in job.savers:
+            saver.is_holding = True
+        job.coordinators[1].notice("test", 60.0)
+        for saver, coordinator in zip(job.savers, job.coordinators, strict=True):
+            saver.wait(lambda saver=saver: bool(saver.captures))
+            coordinator.report_failed(saver.captures[0].round, "there is nothing yet")
+        for saver in job.savers:
+            saver.wait(lambda saver=saver: bool(saver.left))
+        assert {saver.left[0].partition(": ")[2] for saver in job.savers} == {
+            "there is nothing yet"
+        }
+        assert job.each(lambda rank: job.coordinators[rank].start(7)) == [GateVerdict.LEAVE] * 2
 
 
 def test_steps_may_jump_back_when_a_state_is_loaded() -> None:
