@@ -21,6 +21,7 @@ CHECKS = [node.name for node in ast.parse((ROOT / DRIVER).read_text()).body
           if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")]  # fmt: skip
 
 
+@pytest.mark.full
 def test_one_process_saves_and_loads_asynchronously(tmp_path: Path) -> None:
     assert held(run_alone(DRIVER, str(tmp_path)), 0) == CHECKS
 

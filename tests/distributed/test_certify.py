@@ -34,6 +34,7 @@ def certify(folder: Path, script: Path, ranks: int, *more: str) -> tuple[int, di
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
 
+@pytest.mark.full
 def test_a_job_that_resumes_exactly_gets_a_certificate(tmp_path: Path) -> None:
     code, found, said = certify(tmp_path, TRAIN, 2)
     assert code == 0 and found["is_exact"] and not found["differences"], said

@@ -23,6 +23,7 @@ def held(output: str, rank: int) -> list[str]:
     return re.findall(rf"^rank {rank}: (\w+): held$", output, flags=re.MULTILINE)
 
 
+@pytest.mark.full
 def test_one_process_saves_and_loads_as_with_deepspeed(tmp_path: Path) -> None:
     assert held(run_alone(DRIVER, str(tmp_path)), 0) == CHECKS
 

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.ranks
 
 @pytest.mark.parametrize(("stage", "launcher", "number"), [
     pytest.param(2, by_mpirun, signal.SIGUSR1, id="zero2-mpirun-SIGUSR1"),
-    pytest.param(1, by_deepspeed, signal.SIGTERM, id="zero1-deepspeed-SIGTERM"),
+    pytest.param(1, by_deepspeed, signal.SIGTERM, id="zero1-deepspeed-SIGTERM",
+                 marks=pytest.mark.full),
     pytest.param(0, by_mpirun, signal.SIGUSR1, id="zero0-mpirun", marks=pytest.mark.full),
     pytest.param(3, by_mpirun, signal.SIGUSR1, id="zero3-mpirun", marks=pytest.mark.full),
 ])  # fmt: skip
