@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from spotspeed.checkpoint.agreement import Verdict, raise_first, share, share_all, vote
+from spotspeed.checkpoint.agreement import Verdict, all_or_none, share, share_all
 from spotspeed.checkpoint.marker import (
     LATEST_FILE,
     LATEST_UNIVERSAL_FILE,
@@ -116,12 +116,7 @@ def wait_all(checkpointer: Checkpointer, handle: SaveHandle) -> Manifest:
         ("stored", handle.stored_completion),
         ("saved", handle.upload_completion),
     ):
-        objection: SpotSpeedError | None = None
-        try:
-            future.result()
-        except SpotSpeedError as error:
-            objection = error
-        raise_first(vote(checkpointer.exchange, label, objection))
+        all_or_none(checkpointer.exchange, label, future.result)
     return handle.wait()
 
 

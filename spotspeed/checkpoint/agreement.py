@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from spotspeed import errors
 from spotspeed.errors import SpotSpeedError
 
+T = TypeVar("T")
 PATIENCE_S = 600.0
 """How long ranks that are expected are waited for."""
 Exchange = Callable[[str, bytes], list[bytes]]
@@ -64,6 +65,20 @@ def vote(exchange: Exchange, label: str, error: SpotSpeedError | None) -> list[V
         if data["error"]:
             verdicts.append(Verdict(rank, data["error"], data["text"]))
     return verdicts
+
+
+def all_or_none(exchange: Exchange, label: str, action: Callable[[], T]) -> T:
+    """This rank's result of `action`; the first rank's SpotSpeedError on every rank if any raised.
+
+    Every rank calls it; none returns before all have acted.
+    """
+    objection: SpotSpeedError | None = None
+    try:
+        result = action()
+    except SpotSpeedError as error:
+        objection = error
+    raise_first(vote(exchange, label, objection))
+    return result
 
 
 def raise_first(verdicts: list[Verdict]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spotspeed import events
-from spotspeed.checkpoint.agreement import Exchange, Verdict, raise_first, share, vote
+from spotspeed.checkpoint.agreement import Exchange, Verdict, all_or_none, raise_first, share, vote
 from spotspeed.checkpoint.catalog import CheckpointInfo, find, scan
 from spotspeed.checkpoint.fill import fill
 from spotspeed.checkpoint.reader import CheckpointReader
@@ -229,13 +229,7 @@ def _buffers_of(
 
 def _load_late(seat: Seat, stored: Mapping[str, Any]) -> list[str]:
     """Give late state back on every rank; the first refusal on every rank."""
-    notes: list[str] = []
-    objection: SpotSpeedError | None = None
-    try:
-        notes = seat.small.late.load(stored)
-    except SpotSpeedError as error:
-        objection = error
-    raise_first(vote(seat.exchange, "late-state", objection))
+    notes = all_or_none(seat.exchange, "late-state", lambda: seat.small.late.load(stored))
     if seat.small.late:
         seat.small.record()
         seat.small.end_step()

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spotspeed import events
-from spotspeed.checkpoint.agreement import Exchange, raise_first, share, share_all, vote
+from spotspeed.checkpoint.agreement import (
+    Exchange,
+    all_or_none,
+    raise_first,
+    share,
+    share_all,
+    vote,
+)
 from spotspeed.checkpoint.catalog import describe, list_sealed, scan
 from spotspeed.checkpoint.collector import Collector
 from spotspeed.checkpoint.commit import roll_forward
@@ -215,25 +222,17 @@ def open_session(
 
 def _open_everywhere(path: str, exchange: Exchange) -> Storage:
     """The store at `path`; the first rank's error on every rank when some rank cannot open it."""
-    storage, objection = None, None
-    try:
-        storage = open_storage(absolute(path))
-    except SpotSpeedError as error:
-        objection = error
-    raise_first(vote(exchange, "path-open", objection))
-    assert storage is not None
-    return storage
+    return all_or_none(exchange, "path-open", lambda: open_storage(absolute(path)))
 
 
 def _open_tier(local_path: str | None, storage: Storage, exchange: Exchange) -> Storage | None:
     """The tier of this node; the first rank's ConfigError on every rank when it is not usable."""
-    objection: SpotSpeedError | None = None
-    try:
+
+    def check() -> None:
         if local_path is not None:
             check_local_path(local_path, storage.url)
-    except SpotSpeedError as error:
-        objection = error
-    raise_first(vote(exchange, "local-path", objection))
+
+    all_or_none(exchange, "local-path", check)
     return None if local_path is None else open_node(local_path, storage.url)
 
 
@@ -246,15 +245,14 @@ def _claim(
 
     Saves that lack nothing but their manifest are sealed: their savers died just before.
     """
-    objection: SpotSpeedError | None = None
-    try:
+
+    def drain() -> None:
         drained = stager.drain(MAX_STEP, timeout_s=DRAIN_TIMEOUT_S)
         for directory in drained.failed if drained else ():
             why = "what an earlier launch left of it on this node was not completed"
             events.emit(events.Lost(directory, why))
-    except SpotSpeedError as error:
-        objection = error
-    raise_first(vote(exchange, "drain", objection))
+
+    all_or_none(exchange, "drain", drain)
 
     def claim() -> dict[str, Any]:
         claimed = claim_epoch(storage, take_over=take_over)
