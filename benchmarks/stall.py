@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--step-s", type=float, default=0.5)
     parser.add_argument("--busy", action="store_true", help="pad steps with work, not with sleep")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="contenders whose names start with one of: A;B")
     parser.add_argument("--directory", default=None, help="where to write; default: a temporary")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -53,7 +54,7 @@ def launch(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from tests.ranks import free_port, launch_command, rank_environment
 
     words = ["--folder", str(folder), "--out", str(folder / "out.json")]
-    for name in ("width", "layers", "step_s", "rounds"):
+    for name in ("width", "layers", "step_s", "rounds", "only"):
         words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     with open(folder / "log", "w") as log:
         ended = subprocess.run(
@@ -68,14 +69,14 @@ def launch(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def results(found: dict[str, Any]) -> list[Result]:
-    idle = [step for one in found["rounds"]["no save"] for step in one["steps_s"]]
+    idle = [step for one in found["rounds"].get("no save", []) for step in one["steps_s"]]
     answers = []
     for name, rounds in found["rounds"].items():
         steps = [step for one in rounds for step in one["steps_s"]]
         answers.append(Result(
             name, spread([one["held_s"] for one in rounds]),
             spread([one["durable_s"] for one in rounds]),
-            statistics.median(steps) / statistics.median(idle) if steps else None,
+            statistics.median(steps) / statistics.median(idle) if steps and idle else None,
         ))  # fmt: skip
     return answers
 
