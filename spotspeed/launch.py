@@ -10,7 +10,7 @@ from typing import Any
 from spotspeed import children
 from spotspeed.attachment import attach_next
 from spotspeed.errors import UnsupportedLayoutError
-from spotspeed.integrations import deepspeed_consolidate, huggingface
+from spotspeed.integrations import deepspeed_consolidate, deepspeed_universal, huggingface
 from spotspeed.state import boundary
 from spotspeed.state.engine import block_of
 
@@ -32,12 +32,13 @@ def install() -> None:
 
     An engine whose layout spotspeed does not know is left to DeepSpeed's own save_checkpoint and
     load_checkpoint, with a warning that says so. DeepSpeed's `zero_to_fp32` functions read what
-    spotspeed has saved, and the processes that this one starts through multiprocessing install the
-    hooks as well.
+    spotspeed has saved, its `ds_to_universal` takes it as converted, and the processes that this
+    one starts through multiprocessing install the hooks as well.
     """
     boundary.install_hooks()
     boundary.on_new_engine(_attach_new)
     deepspeed_consolidate.plug_in()
+    deepspeed_universal.plug_in()
     children.pass_on()
     huggingface.plug_in()
 

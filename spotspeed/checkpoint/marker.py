@@ -24,7 +24,7 @@ from spotspeed.storage.contract import Storage
 MARKER_FILE = "spotspeed.json"
 LATEST_FILE = "latest"
 LATEST_UNIVERSAL_FILE = "latest_universal"
-"""Names what DeepSpeed's ds_to_universal has made; never written here."""
+"""Names what DeepSpeed's ds_to_universal has made, or was asked to make."""
 MAX_MARKER_BYTES = 64 * 1024
 _FORMAT = "spotspeed-marker"
 _VERSION = 1
@@ -76,6 +76,12 @@ def read_marker(folder: Storage, tag: str) -> Marker | None:
     return marker
 
 
+def write_marker(folder: Storage, tag: str, marker: Marker) -> None:
+    """Let `tag` in `folder` stand for what `marker` names; durable on return."""
+    data = stamp({"format": _FORMAT, "version": _VERSION, **asdict(marker)})
+    folder.put(f"{tag}/{MARKER_FILE}", data)
+
+
 def read_latest(folder: Storage, file: str = LATEST_FILE) -> str | None:
     """The tag that `latest` (or its like, `file`) names, or None."""
     try:
@@ -100,8 +106,7 @@ def mark(
     before = _marked_before(folder, tag, storage)
     ticket = manifest.ticket
     marker = Marker(storage.url, ticket.directory, manifest.digest, ticket.step, tag)
-    data = stamp({"format": _FORMAT, "version": _VERSION, **asdict(marker)})
-    folder.put(f"{tag}/{MARKER_FILE}", data)
+    write_marker(folder, tag, marker)
     if is_latest:
         folder.put(LATEST_FILE, tag.encode())
     is_ours = before is not None and f".{attempt_prefix(folder_path, tag)}" in before

@@ -6,7 +6,8 @@ A checkpoint is given up only when its own marker was there before the call and 
 
 So nothing is concluded from absence: a file system that is not mounted, a directory that was moved
 (also by `shutil.move`) or never written gives up nothing. A copy of a marker directory is another
-pointer to the same data and does not keep it; deleting a copy, or what was moved, gives up nothing.
+pointer to the same data and does not keep it, but beside the original, where `ds_to_universal` puts
+one: while that is there, nothing is given up. Deleting a copy, or what was moved, gives up nothing.
 Other processes, and code that took `rmtree` out of shutil before the first marker, are not seen.
 
     PATH/unmarked/DIRECTORY      says that checkpoint DIRECTORY was given up, for the collector
@@ -130,8 +131,25 @@ def _originals(path: Any) -> Iterator[_Found]:
             storage = None if marker is None else stores.get(marker.url)
             if marker is None or storage is None:
                 continue
-            if f".{attempt_prefix(place, tag)}" in marker.directory:
+            is_original = f".{attempt_prefix(place, tag)}" in marker.directory
+            if is_original and not _is_named_beside(file, marker, root):
                 yield _Found(file, marker, storage)
+
+
+def _is_named_beside(file: Path, marker: Marker, root: Path) -> bool:
+    """Whether another tag of the same folder, outside of `root`, stands for the same data."""
+    folder = file.parent.parent
+    for other in folder.glob(f"*/{MARKER_FILE}"):
+        if other == file or other.is_relative_to(root):
+            continue
+        try:
+            found = read_marker(open_storage(str(folder)), other.parent.name)
+        except (SpotSpeedError, OSError) as error:
+            _logger.info("%s: %s", other, error)
+            continue
+        if found is not None and (found.url, found.directory) == (marker.url, marker.directory):
+            return True
+    return False
 
 
 def _give_up(found: list[_Found]) -> None:

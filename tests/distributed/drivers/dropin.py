@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -17,7 +18,8 @@ from spotspeed.errors import (
     InvalidLayoutError,
     ObjectNotFoundError,
 )
-from spotspeed.integrations import deepspeed_consolidate
+from spotspeed.integrations import deepspeed_consolidate, deepspeed_universal
+from spotspeed.integrations.deepspeed_universal import point
 
 FOLDER = Path(sys.argv[1])
 
@@ -219,6 +221,27 @@ def check_a_universal_engine_loads_what_was_saved_here() -> None:
     raises(ValueError, lambda: other.load_checkpoint(FOLDER / "nowhere"))
     assert other.load_checkpoint(FOLDER / "universal-out")[1] == {"k": 1}
     assert other.global_steps == 2 and torch.allclose(*map(torch.tensor, (train(other, 2), after)))
+    engine.destroy()
+    other.destroy()
+
+
+def check_what_ds_to_universal_is_asked_to_convert_loads_as_it_is() -> None:
+    deepspeed_universal.plug_in()
+    from deepspeed.checkpoint.ds_to_universal import main as convert
+
+    engine, folder = make(3, FOLDER / "convert"), FOLDER / "convert-out"
+    train(engine, 2)
+    engine.save_checkpoint(folder, "mine")
+    after = train(engine, 2)
+    universal = folder / "mine_universal"
+    if RANK == 0:
+        convert(SimpleNamespace(input_folder=str(folder / "mine"), output_folder=str(universal)))
+        assert not point(folder, universal), "what has no marker is DeepSpeed's to convert"
+        assert (folder / "latest_universal").read_text() == "mine_universal"
+    other = make(1, FOLDER / "convert", seed=2, checkpoint={"load_universal": True})
+    path, _ = other.load_checkpoint(folder)
+    assert path == str(universal / "spotspeed.json") and other.global_steps == 2
+    assert torch.allclose(*map(torch.tensor, (train(other, 2), after)))
     engine.destroy()
     other.destroy()
 

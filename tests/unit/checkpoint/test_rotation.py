@@ -21,6 +21,7 @@ from spotspeed.checkpoint.sealed import open_manifest
 from spotspeed.config import KeepConfig
 from spotspeed.core.manifest import Ticket
 from spotspeed.core.retention import Keep
+from spotspeed.integrations.deepspeed_universal import point
 from spotspeed.storage.contract import Storage
 from spotspeed.storage.local import LocalStorage
 
@@ -45,6 +46,28 @@ def marked(storage: LocalStorage, tmp_path: Path, seal_small: Save,
         return folder
 
     return save
+
+
+def test_what_another_tag_of_the_same_folder_names_stays(
+    storage: LocalStorage, marked: Marked, seal_small: Save
+) -> None:
+    folder = marked(5)
+    seal_small(storage, 1, 6)
+    assert point(folder / "global_step5", folder / "global_step5_universal")
+    shutil.rmtree(folder / "global_step5")
+    assert not given_up(storage) and steps(storage) == [6, 5]
+    shutil.rmtree(folder)
+    assert not given_up(storage), "a pointer gives up nothing"
+
+
+def test_what_is_named_twice_below_what_is_deleted_goes(
+    storage: LocalStorage, marked: Marked, seal_small: Save
+) -> None:
+    folder = marked(5)
+    seal_small(storage, 1, 6)
+    assert point(folder / "global_step5", folder / "global_step5_universal")
+    shutil.rmtree(folder)
+    assert steps(storage) == [6]
 
 
 def save_marked(storage: Storage, seal: Save, folder: Path, tag: str, step: int) -> None:
