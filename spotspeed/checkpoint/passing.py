@@ -5,11 +5,12 @@ soon waits for it in a collective of the training. Nobody can tell that from a r
 slow, except by where that rank is: it counts its training forwards, and one that has begun more
 than the ranks that ask will not come. A rank that waits long therefore leaves its count at `path`:
 
-    PATH/asking/EPOCH      which save is asked for, and the forwards that who asks has begun
+    PATH/asking/EPOCH/SAVE     the forwards that who asks for the SAVE-th save has begun
 
 and a rank that has not moved for as long looks there. If it has gone past, it answers in the ranks'
 agreement in place of its main thread, and all that ask get an error that names it; training may go
 on. A rank that is slow, but still to come, has begun no such forward and is waited for as before.
+Each save has a name of its own, so that whoever takes its question away late takes no later one.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Passing:
     def __init__(
         self, storage: Storage, epoch: int, *, forwards: Callable[[], int], exchange: Exchange
     ) -> None:
-        self._storage, self._key = storage, f"asking/{epoch}"
+        self._storage, self._prefix = storage, f"asking/{epoch}"
         self._forwards, self._exchange = forwards, exchange
         self._first_s = REMOTE_PATIENCE_S if "://" in storage.url else PATIENCE_S
         self._seen, self._due, self._wait_s = -1, 0.0, self._first_s
@@ -58,8 +59,8 @@ class Passing:
         """While this rank's main thread waits for the others to ask as well."""
         ended, self._is_asking = threading.Event(), True
         self._count += 1
-        ask = {"save": self._count, "forwards": self._forwards()}
-        asker = threading.Thread(target=self._ask, args=(ended, ask), daemon=True,
+        question = (self._count, self._forwards())
+        asker = threading.Thread(target=self._ask, args=(ended, *question), daemon=True,
                                  name="spotspeed-asking")  # fmt: skip
         asker.start()
         try:
@@ -76,32 +77,35 @@ class Passing:
         elif now >= self._due:
             self._wait_s *= 2
             self._due = now + self._wait_s
-            save, theirs = self._asked()
-            # A question that this rank has joined may still lie there.
-            if save == self._count + 1 and theirs < mine and not self._is_asking:
+            save = self._count + 1
+            theirs = self._asked(save)
+            # The main thread may have begun to ask, or have asked, while the store was read.
+            is_free = not self._is_asking and save == self._count + 1
+            if theirs is not None and theirs < mine and is_free:
                 self._count = save
                 self._answer(mine - theirs)
 
-    def _ask(self, ended: threading.Event, ask: dict[str, int]) -> None:
+    def _ask(self, ended: threading.Event, save: int, forwards: int) -> None:
         if ended.wait(self._first_s):
             return
+        key = f"{self._prefix}/{save}"
         try:
-            self._storage.put(self._key, json.dumps(ask).encode())
+            self._storage.put(key, json.dumps({"forwards": forwards}).encode())
             ended.wait()
-            self._storage.delete(self._key)
+            self._storage.delete(key)
         except StorageError as error:
             events.emit(events.Lost("the question who else asks for a save", str(error)))
 
-    def _asked(self) -> tuple[int, int]:
-        """Which save is asked for, and how many forwards who asks has begun; (0, 0): none."""
+    def _asked(self, save: int) -> int | None:
+        """How many forwards who asks for the `save`-th save has begun; None: nobody asks."""
+        key = f"{self._prefix}/{save}"
         try:
-            found = json.loads(self._storage.get(self._key, _MAX_ASK_BYTES))
-            return int(found["save"]), int(found["forwards"])
+            return int(json.loads(self._storage.get(key, _MAX_ASK_BYTES))["forwards"])
         except ObjectNotFoundError:
-            return 0, 0
+            return None
         except (StorageError, CorruptionError, ValueError, TypeError, KeyError) as error:
-            _logger.info("%s: %s", self._key, error)  # The next look may tell more.
-            return 0, 0
+            _logger.info("%s: %s", key, error)  # The next look may tell more.
+            return None
 
     def _answer(self, count: int) -> None:
         try:

@@ -37,7 +37,7 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
 
 
 def ask(storage: LocalStorage, save: int, forwards: int) -> None:
-    storage.put("asking/3", json.dumps({"save": save, "forwards": forwards}).encode())
+    storage.put(f"asking/3/{save}", json.dumps({"forwards": forwards}).encode())
 
 
 def test_a_rank_that_has_begun_another_forward_answers_once(storage: LocalStorage) -> None:
@@ -65,14 +65,14 @@ def test_a_rank_that_moves_does_not_look(storage: LocalStorage) -> None:
     assert rank.said == []
 
 
-@pytest.mark.parametrize("left", [b"{", b"[]", b'{"save": null, "forwards": 0}', None])
+@pytest.mark.parametrize("left", [b"{", b"[]", b'{"forwards": null}', None])
 def test_no_question_and_no_sense_are_no_reason_to_answer(
     storage: LocalStorage, left: bytes | None
 ) -> None:
     rank = Rank(storage)
     rank.forwards = 8
     if left is not None:
-        storage.put("asking/3", left)
+        storage.put("asking/3/1", left)
     assert rank.look() == []
 
 
@@ -80,9 +80,6 @@ def test_a_question_that_this_rank_has_joined_is_not_answered_again(storage: Loc
     rank = Rank(storage)
     with rank.passing.asking():
         assert rank.look() == []
-    for thread in threading.enumerate():
-        if thread.name == "spotspeed-asking":
-            thread.join(30)  # It takes its own question away, and must not take the next one.
     ask(storage, 1, 0)
     rank.forwards = 4
     assert rank.look() == []
@@ -103,3 +100,27 @@ def test_who_waits_leaves_a_question_and_takes_it_away(
         assert asked.wait(30)
         assert other.look() == ["no save: 1 forwards past it"]
     assert gone.wait(30) and not storage.list("asking")
+
+
+def test_whoever_takes_its_question_away_late_leaves_the_next_one(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, may_delete, gone = threading.Event(), threading.Event(), threading.Event()
+    put, delete = storage.put, storage.delete
+
+    def late(key: str) -> None:
+        assert may_delete.wait(30)
+        delete(key)
+        gone.set()
+
+    monkeypatch.setattr(storage, "put", lambda *a: (put(*a), asked.set()))
+    monkeypatch.setattr(storage, "delete", late)
+    rank, other = Rank(storage), Rank(storage)
+    for each in (rank, other):
+        with each.passing.asking():
+            assert asked.wait(30)
+    ask(storage, 2, 0)
+    may_delete.set()
+    assert gone.wait(30)
+    other.forwards = 3
+    assert other.look() == ["no save: 3 forwards past it"]
