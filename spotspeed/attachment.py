@@ -9,9 +9,9 @@ from typing import Any
 from spotspeed.checkpoint.session import absolute
 from spotspeed.checkpointer import Checkpointer
 from spotspeed.config import SpotSpeedConfig
-from spotspeed.errors import SpotSpeedError
+from spotspeed.errors import ConfigError, SpotSpeedError
 from spotspeed.exit import watch_refusals
-from spotspeed.rehearsal import rehearsal_here
+from spotspeed.rehearsal import VARIABLE, rehearsal_here
 from spotspeed.rehearsing import redirected, rehearse
 from spotspeed.state import boundary
 from spotspeed.state.engine import Engine, require_block
@@ -19,6 +19,8 @@ from spotspeed.state.late import Stateful
 
 _tied: Counter[str] = Counter()
 """How many engines of this process were attached by nobody in particular, by path."""
+_rehearsed: list[str] = []
+"""The paths of engines that `spotspeed certify` trains in this process: one."""
 
 
 def attach(
@@ -64,6 +66,12 @@ def attach_next(engine: Engine) -> Checkpointer:
 def _tie(engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
          state: Mapping[str, Stateful] | None = None) -> Checkpointer:  # fmt: skip
     rehearsal = rehearsal_here()
+    if rehearsal is not None and _rehearsed:
+        raise ConfigError(
+            f"{VARIABLE}: this script makes several engines, and a rehearsal is of one: certify a "
+            f"script that trains one engine"
+        )
+    _rehearsed.extend(() if rehearsal is None else (config.path,))
     block = config if rehearsal is None else redirected(rehearsal, config)
     try:
         checkpointer = Checkpointer(engine, block, loader, state=state)

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from spotspeed.rehearsal import VARIABLE, Rehearsal
 from tests.distributed.job import LIMIT_S, SIZE, TRAIN, by_mpirun, ds_config, scripts
-from tests.ranks import free_port, rank_environment, remove_shared_memory
+from tests.ranks import ROOT, free_port, rank_environment, remove_shared_memory
 
 HIDDEN = """
 _calls = iter(range(1_000_000))
 _forward = GPT.forward
 GPT.forward = lambda self, *a, **k: _forward(self, *a, **k) * (1 + 1e-3 * next(_calls))
+"""
+
+TWO = """
+import deepspeed, torch
+for _ in range(2):
+    model = torch.nn.Linear(4, 4)
+    deepspeed.initialize(model=model, model_parameters=model.parameters(), config={{
+        "train_micro_batch_size_per_gpu": 1, "spotspeed": {{"path": "{path}"}},
+        "optimizer": {{"type": "AdamW", "params": {{"torch_adam": True}}}}}})
 """
 
 
@@ -56,3 +67,19 @@ def test_what_a_job_keeps_to_itself_is_found_and_named(tmp_path: Path) -> None:
     assert first["what"] == "loss after the resume" and "the first at step 2" in first["how"]
     assert any("fp32" in each["what"] for each in found["differences"])
     assert (tmp_path / "kept").exists()
+
+
+def test_a_second_engine_is_refused_in_a_rehearsal(tmp_path: Path) -> None:
+    rehearsal = Rehearsal(str(tmp_path / "scratch"), 1, str(tmp_path / "losses"), True)
+    (tmp_path / "two.py").write_text(TWO.format(path=tmp_path / "own"))
+    port = free_port()
+    env = {**rank_environment(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+           VARIABLE: rehearsal.encode()}  # fmt: skip
+    try:
+        done = subprocess.run([sys.executable, "-m", "spotspeed.run", str(tmp_path / "two.py")],
+                              cwd=ROOT, env=env, timeout=LIMIT_S, capture_output=True, text=True,
+                              check=False)  # fmt: skip
+    finally:
+        remove_shared_memory(port)
+    assert done.returncode == 77, done.stderr[-4000:]
+    assert "this script makes several engines" in done.stderr
