@@ -247,7 +247,7 @@ class ShardWriter:
         writer = self._storage.writer(self._path)
         try:
             writer.write(data)
-        except BaseException:
+        except BaseException:  # nobody else knows the writer yet: whatever ends this, it goes
             writer.abort()
             raise
         self._position = len(data)

@@ -44,7 +44,7 @@ def bootstrap(
         own = endpoint_of(rank, listener, master_host=master_host)
         meeting = rendezvous or find_rendezvous(world_size)
         known = meeting.meet(own, world_size=world_size, timeout_s=timeout_s)
-    except BaseException:
+    except BaseException:  # whatever ends this, a signal's exception too: no socket stays open
         listener.close()
         raise
     transport = (NativeTransport if is_native else SocketTransport)(
@@ -53,7 +53,7 @@ def bootstrap(
     )  # fmt: skip
     try:
         transport.establish(timeout_s)
-    except BaseException:
+    except BaseException:  # as above
         transport.close()
         raise
     _logger.info(
