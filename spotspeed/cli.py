@@ -193,6 +193,8 @@ def gc(
         console.print(f"{word} {removal.directory}: {removal.reason}")
     for key in done.frozen:
         console.print(f"{word} {key}: no checkpoint refers to it")
+    for left in done.leftovers:
+        console.print(f"{word} {left}: a write that never ended has left it")
     console.print(f"{word} {len(done.removals)} directories, {size_text(done.size_bytes)}")
 
 

@@ -154,6 +154,9 @@ class NodeTier:
             if self._lock_file >= 0:
                 return
             self._lock_file = _lock(self.node.url)
+            # Whoever writes here holds the lock.
+            for leftover in self.node.leftovers():
+                self.node.discard(leftover)
             found = survey(self.node)
             leftovers = [part for directory in found for part in self._take(directory)]
         for part in leftovers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from spotspeed.checkpoint import rotation
 from spotspeed.checkpoint.gc import collect
 from spotspeed.checkpoint.sweep import Sweeper
 from spotspeed.config import KeepConfig
-from spotspeed.core.retention import Keep
+from spotspeed.core.retention import SILENCE_S, Keep
 from spotspeed.errors import SpotSpeedError
 from spotspeed.storage.contract import Storage
 
@@ -33,6 +34,7 @@ class Collector:
         self._storage, self._epoch = storage, epoch
         self._keep = Keep(keep.last, keep.every_steps)
         self._sweeper = Sweeper(storage, is_patient=True, is_quiet=is_quiet)
+        self._thorough_at = 0.0
         self._wishes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="spotspeed-gc", daemon=True)
         self._thread.start()
@@ -54,7 +56,12 @@ class Collector:
 
     def _run(self) -> None:
         while self._wishes.get():
+            now = time.monotonic()
+            is_due = now >= self._thorough_at
+            if is_due:
+                self._thorough_at = now + SILENCE_S
             try:
-                collect(self._storage, self._keep, epoch=self._epoch, sweeper=self._sweeper)
+                collect(self._storage, self._keep, epoch=self._epoch, sweeper=self._sweeper,
+                        thorough=is_due)  # fmt: skip
             except SpotSpeedError as error:
                 events.emit(events.Lost("old checkpoints were not removed", str(error)))

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from spotspeed.checkpoint.catalog import Catalog, CheckpointInfo, scan
 from spotspeed.checkpoint.ownership import read_epochs
 from spotspeed.checkpoint.rotation import forget, given_up
 from spotspeed.checkpoint.sweep import Sweeper
+from spotspeed.core.frozen import FOLDER
 from spotspeed.core.lineage import Place, place_of
 from spotspeed.core.manifest import MANIFEST_FILE
-from spotspeed.core.retention import Keep, Removal, Sealed, Unfinished, plan_removal
+from spotspeed.core.retention import (
+    Keep,
+    Removal,
+    Sealed,
+    Unfinished,
+    is_left_behind,
+    plan_removal,
+)
 from spotspeed.errors import OwnedError
-from spotspeed.storage.contract import Storage
+from spotspeed.storage.contract import Leftover, Storage
 
 EXPLICIT = "explicit"
 
@@ -27,13 +36,17 @@ class Collected:
     """Bytes of the objects that went; 0 for a directory that somebody else removed meanwhile."""
     frozen: tuple[str, ...] = ()
     """Frozen objects that went because nothing refers to them any more."""
+    leftovers: tuple[str, ...] = ()
+    """What writes that never ended had left, by its path."""
 
 
 def collect(
     storage: Storage, keep: Keep, *, epoch: int, dry_run: bool = False,
-    sweeper: Sweeper | None = None,
+    sweeper: Sweeper | None = None, thorough: bool = True,
 ) -> Collected:  # fmt: skip
     """Apply the rule on behalf of `epoch`, which must be the newest one, and sweep what it frees.
+
+    When `thorough`, all of the path is searched for what crashed writes have left.
 
     Only the launch that owns the path may call it, or a command line that has made sure that
     nobody does (`ownership.living_owner`). Raises OwnedError when a later epoch has begun, before
@@ -58,7 +71,39 @@ def collect(
     sweeper = sweeper or Sweeper(storage, is_patient=False)
     gone = [removal.directory for removal in removals]
     swept = sweeper.sweep(newest, gone=gone, dry_run=dry_run)
-    return Collected(removals, size_bytes + swept.size_bytes, swept.paths)
+    size_bytes += swept.size_bytes
+    left: tuple[Leftover, ...] = ()
+    if thorough:
+        left = _left_behind(storage, {info.directory for info in _all(catalog)}, newest, gone)
+        if left and not dry_run:
+            _check_newest(storage, epoch)
+            _discard(storage, left)
+    size_bytes += sum(leftover.size_bytes for leftover in left)
+    return Collected(removals, size_bytes, swept.paths, tuple(item.path for item in left))
+
+
+def _left_behind(
+    storage: Storage, sealed: Collection[str], newest: Place | None, gone: Collection[str]
+) -> tuple[Leftover, ...]:
+    """What is unfinished and nobody's, but for what the directories in `gone` take along."""
+    now = time.time()
+    return tuple(
+        item
+        for item in storage.leftovers()
+        if item.path.partition("/")[0] not in gone
+        and is_left_behind(
+            item.path, silent_s=now - item.modified_unix_s, sealed=sealed, newest=newest
+        )
+    )
+
+
+def _discard(storage: Storage, left: Sequence[Leftover]) -> None:
+    for leftover in left:
+        storage.discard(leftover)
+    for folder in {item.path.rpartition("/")[0] for item in left}:
+        # Objects of such a save that were completed are there; where none was, nobody looks again.
+        if folder.startswith(f"{FOLDER}/") and not storage.list(folder):
+            storage.delete_prefix(folder)
 
 
 def _all(catalog: Catalog) -> tuple[CheckpointInfo, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from spotspeed.core.manifest import (
     Ticket,
     decode_receipt,
 )
+from spotspeed.core.retention import SILENCE_S
 from spotspeed.core.tiers import node_directory
 from spotspeed.errors import (
     ConfigError,
@@ -106,10 +108,18 @@ def check_local_path(local_path: str, url: str) -> None:
     try:
         node.put(key, key.encode())
         node.delete(key)
+        _clear_root(node)
     except StorageError as error:
         raise ConfigError(
             f"`local_path` {local_path!r} cannot be written on this node: {error}"
         ) from error
+
+
+def _clear_root(node: Storage) -> None:
+    """Remove what processes that died in this check have left; the tiers are their savers' own."""
+    for leftover in node.leftovers():
+        if "/" not in leftover.path and time.time() - leftover.modified_unix_s >= SILENCE_S:
+            node.discard(leftover)
 
 
 def survey(node: Storage) -> list[NodeDirectory]:

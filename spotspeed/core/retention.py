@@ -8,9 +8,15 @@ so that there is always something newer than what is removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from spotspeed.core.frozen import FOLDER
+from spotspeed.core.lineage import Place, place_of
+
+SILENCE_S = 3600.0
+"""A file that is being written is taken for left behind when nothing came for so long: no store, no
+upload and no fsync holds a living writer up that much."""
 _BY_RULE = frozenset({"periodic", "notice", "final"})
 
 
@@ -91,6 +97,27 @@ def plan_removal(
             if item.epoch < epoch
         ]
     return tuple(sorted(removals, key=lambda removal: removal.directory))
+
+
+def is_left_behind(
+    path: str, *, silent_s: float, sealed: Collection[str], newest: Place | None
+) -> bool:
+    """Whether what lies unfinished at `path` (storage.contract.Leftover) is nobody's any more.
+
+    Nothing may have been written to it for `silent_s`. In a checkpoint's directory it must be
+    sealed: then no part of it is missing. (What is unsealed goes as a whole or stays as a whole,
+    by the rule above.) Of frozen objects the save must be older than `newest`, the newest seal of
+    the running epoch, as in core/frozen.py. Everywhere else files are small and soon written.
+    """
+    if silent_s < SILENCE_S:
+        return False
+    top, _, rest = path.partition("/")
+    if place_of(top) is not None:
+        return top in sealed
+    if top == FOLDER:
+        place = place_of(rest.partition("/")[0])
+        return place is not None and newest is not None and place < newest
+    return True
 
 
 def _stays(newest_first: Sequence[Sealed], keep: Keep) -> set[str]:

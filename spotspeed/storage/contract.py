@@ -24,7 +24,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 from spotspeed.errors import StorageError
 
@@ -45,10 +45,25 @@ class ObjectInfo:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Leftover:
+    """What a write that has not ended has put into the store: no object, and without a key."""
+
+    path: str
+    """Relative to the root: of a hidden file, or of the object that an upload in parts is for."""
+    size_bytes: int
+    """0 where the store does not say."""
+    modified_unix_s: float
+    """When something was last written to it, or when it began, by the store's own clock."""
+    upload: str = ""
+    """The store's name for an upload in parts."""
+
+
 class Writer(Protocol):
     """One object being written in order; it appears under its key only by `commit`.
 
-    Used as a context manager; leaving it without `commit` aborts. One thread at a time.
+    Used as a context manager, which is written here once for those that say to be a Writer;
+    leaving it without `commit` aborts. One thread at a time.
     """
 
     @property
@@ -67,14 +82,16 @@ class Writer(Protocol):
     def abort(self) -> None:
         """Discard what was written; nothing appears. Harmless after `commit` or `abort`."""
 
-    def __enter__(self) -> Writer: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.abort()
 
 
 class Storage(Protocol):
@@ -115,12 +132,6 @@ class Storage(Protocol):
         A local directory that holds no object may be named too.
         """
 
-    def list(self, prefix: str = "") -> list[ObjectInfo]:
-        """Every object below directory `prefix` ("" is the root), at any depth, sorted by key.
-
-        Keys are relative to the root. A prefix with nothing below it gives an empty list.
-        """
-
     def delete(self, key: str) -> None:
         """Remove the object; one that does not exist is no error."""
 
@@ -128,6 +139,22 @@ class Storage(Protocol):
         """Remove every object below directory `prefix`, and leftovers of unfinished writes there.
 
         Not atomic: a crash leaves any part of them. `prefix` may not be empty.
+        """
+
+    def leftovers(self, prefix: str = "") -> list[Leftover]:
+        """What writes that have not ended have put below directory `prefix`, at any depth, sorted.
+
+        Whether their writers live is not known. A store that cannot tell, or removes such things by
+        itself, says nothing.
+        """
+
+    def discard(self, leftover: Leftover) -> None:
+        """Remove it for good; a writer that lives fails then. One that is gone is no error."""
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        """Every object below directory `prefix` ("" is the root), at any depth, sorted by key.
+
+        Keys are relative to the root. A prefix with nothing below it gives an empty list.
         """
 
 

@@ -10,17 +10,18 @@ exists-then-put (`has_atomic_create` is False): fsspec's generic `create` mode i
 from __future__ import annotations
 
 import contextlib
+import datetime
 import secrets
+import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import fsspec
-from fsspec.spec import AbstractBufferedFile
 
 from spotspeed import events
 from spotspeed.errors import ConfigError, FormatError, StorageError
 from spotspeed.storage.contract import (
+    Leftover,
     ObjectInfo,
     ReadBuffer,
     WriteBuffer,
@@ -34,12 +35,14 @@ from spotspeed.storage.fsspec_failures import (
     is_range_failure,
     remote_error,
 )
+from spotspeed.storage.fsspec_writer import FsspecWriter
 from spotspeed.storage.multipart import MultipartWriter, Target
 from spotspeed.storage.part_uploads import (
     HIDDEN,
     PART_BYTES,
     S3Upload,
-    abort_s3_uploads,
+    abort_s3_upload,
+    s3_uploads,
     upload_kind,
 )
 from spotspeed.storage.redaction import harmless
@@ -189,7 +192,33 @@ class FsspecStorage:
             if self._fs.isdir(path):
                 self._fs.rm(path, recursive=True)
         if self._upload is S3Upload:
-            self._end_uploads(prefix, path)
+            self._end_uploads(prefix)
+
+    def leftovers(self, prefix: str = "") -> list[Leftover]:
+        path = self._below(prefix)
+        if self._protocol in _READ_ONLY:
+            return []
+        with self._failing("list unfinished writes below", prefix):
+            if self._upload is not S3Upload:
+                return sorted(self._hidden(path))
+            bucket, _, _ = self._fs.split_path(self._root)
+            return sorted(
+                Leftover(self._relative(f"{bucket}/{key}"), 0, began, upload)
+                for key, upload, began in s3_uploads(self._fs, path)
+                if _is_key(self._relative(f"{bucket}/{key}"))
+            )
+
+    def discard(self, leftover: Leftover) -> None:
+        folder, _, name = leftover.path.rpartition("/")
+        if not leftover.upload and not name.startswith(HIDDEN):
+            raise StorageError(f"{self._place(leftover.path)}: is not what a write has left")
+        path = f"{self._below(folder)}/{name}"
+        with self._failing("delete", leftover.path), contextlib.suppress(FileNotFoundError):
+            if leftover.upload:
+                bucket, key, _ = self._fs.split_path(path)
+                abort_s3_upload(self._fs, bucket, key, leftover.upload)
+            else:
+                self._fs.rm_file(path)
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         path = self._below(prefix)
@@ -199,9 +228,8 @@ class FsspecStorage:
                 found = self._fs.find(path, detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        start = len(self._root) + 1 if self._root else 0
         below = f"{check_prefix(prefix)}/" if prefix else ""
-        infos = ((name[start:], info) for name, info in found.items())
+        infos = ((self._relative(name), info) for name, info in found.items())
         return sorted(
             ObjectInfo(key, int(info["size"] or 0))
             for key, info in infos
@@ -230,14 +258,27 @@ class FsspecStorage:
                     return b""
                 raise
 
-    def _end_uploads(self, prefix: str, path: str) -> None:
-        """Give up what dead writers have begun below `path`."""
+    def _end_uploads(self, prefix: str) -> None:
+        """Give up what dead writers have begun below `prefix`."""
         try:
-            with self._failing("list unfinished uploads of", prefix):
-                abort_s3_uploads(self._fs, path)
+            for leftover in self.leftovers(prefix):
+                self.discard(leftover)
         except StorageError as error:
             # Everything that has a name is gone, and that is what the caller needs.
             events.emit(events.Lost(f"unfinished uploads below {self._place(prefix)}", str(error)))
+
+    def _hidden(self, path: str) -> Iterator[Leftover]:
+        """Files below `path` that have hidden names: parts, and what was to be moved."""
+        self._fs.invalidate_cache()
+        found: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = self._fs.find(path, detail=True)
+        for name, info in found.items():
+            if name.rpartition("/")[2].startswith(HIDDEN):
+                yield Leftover(self._relative(name), int(info["size"] or 0), _modified(info))
+
+    def _relative(self, path: str) -> str:
+        return path[len(self._root) + 1 :] if self._root else path
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}"
@@ -266,78 +307,21 @@ class FsspecStorage:
             raise remote_error(operation, self._place(key), error) from harmless(error)
 
 
-class FsspecWriter:
-    """A streamed upload; `written` and `final` differ where the store publishes early."""
+def _modified(info: dict[str, Any]) -> float:
+    """When a file was last written, from what the clients behind fsspec say; now if they do not.
 
-    def __init__(self, fs: Any, file: Any, names: tuple[str, str], place: str) -> None:
-        self._fs = fs
-        self._file = file
-        self._written, self._final = names
-        self._place = place
-        self._position = 0
-
-    @property
-    def position(self) -> int:
-        return self._position
-
-    def write(self, buffer: ReadBuffer) -> None:
-        file, view = self._open_file(), as_bytes_view(buffer)
-        try:
-            file.write(view)
-        except Exception as error:
-            what = f"write at byte {self._position} of"
-            raise remote_error(what, self._place, error) from harmless(error)
-        self._position += len(view)
-
-    def commit(self) -> None:
-        file = self._open_file()
-        try:
-            file.close()
-            if self._written != self._final:
-                self._fs.mv(self._written, self._final)
-            self._file = None
-        except Exception as error:
-            raise remote_error("commit", self._place, error) from harmless(error)
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        if self._file is not None:
-            file, self._file = self._file, None
-            _discard(file, self._place)
-            if self._written != self._final:
-                with contextlib.suppress(OSError):
-                    self._fs.rm_file(self._written)
-
-    def __enter__(self) -> FsspecWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.abort()
-
-    def _open_file(self) -> Any:
-        if self._file is None:
-            raise ValueError(f"{self._place}: the writer is closed")
-        return self._file
-
-
-def _discard(file: Any, place: str) -> None:
-    """Give an upload up without publishing it: closing, even by its finalizer, would publish."""
-    if isinstance(file, AbstractBufferedFile):
-        try:
-            file.discard()
-        except Exception as error:
-            # Its parts are invisible but may cost money until the bucket's own rule expires them.
-            events.emit(events.Lost(f"unfinished upload of {place}", f"not discarded: {error}"))
-        file.closed = True
-    else:
-        with contextlib.suppress(OSError):
-            file.close()
+    s3fs has "LastModified", gcsfs "mtime" or "updated", adlfs "last_modified", others "created".
+    """
+    for name in ("LastModified", "mtime", "last_modified", "updated", "created"):
+        value = info.get(name)
+        if isinstance(value, datetime.datetime):
+            return value.timestamp()
+        if isinstance(value, (int, float)):
+            return float(value)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                return datetime.datetime.fromisoformat(value).timestamp()
+    return time.time()
 
 
 def _is_key(name: str) -> bool:

@@ -14,9 +14,10 @@ import os
 import stat
 from collections.abc import Iterator
 
-from spotspeed.errors import FormatError, ObjectNotFoundError
+from spotspeed.errors import FormatError, ObjectNotFoundError, StorageError
 from spotspeed.storage import local_tree, posix
 from spotspeed.storage.contract import (
+    Leftover,
     ObjectInfo,
     ReadBuffer,
     WriteBuffer,
@@ -96,11 +97,7 @@ class LocalStorage:
 
     def delete(self, key: str) -> None:
         path, _, name = check_key(key).rpartition("/")
-        with self._find(path, "delete", key) as directory:
-            if directory is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    self._disk.unlink(directory, name)
-                self._disk.sync_directory(directory)
+        self._unlink(path, name)
 
     def delete_prefix(self, prefix: str) -> None:
         path, _, name = check_key(check_prefix(prefix)).rpartition("/")
@@ -109,6 +106,20 @@ class LocalStorage:
                 local_tree.remove(self._disk, directory, name)
                 self._disk.sync_directory(directory)
 
+    def leftovers(self, prefix: str = "") -> list[Leftover]:
+        found: list[Leftover] = []
+        prefix = check_prefix(prefix)
+        with self._find(prefix, "list", prefix) as directory:
+            if directory is not None:
+                local_tree.collect_leftovers(directory, f"{prefix}/" if prefix else "", found)
+        return sorted(found)
+
+    def discard(self, leftover: Leftover) -> None:
+        path, _, name = leftover.path.rpartition("/")
+        if not name.startswith(local_tree.TEMPORARY_PREFIX):
+            raise StorageError(f"{self._place(leftover.path)}: is not what a write has left")
+        self._unlink(check_prefix(path), name)
+
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         found: list[ObjectInfo] = []
         prefix = check_prefix(prefix)
@@ -116,6 +127,13 @@ class LocalStorage:
             if directory is not None:
                 local_tree.collect(directory, f"{prefix}/" if prefix else "", found)
         return sorted(found)
+
+    def _unlink(self, path: str, name: str) -> None:
+        with self._find(path, "delete", f"{path}/{name}") as directory:
+            if directory is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    self._disk.unlink(directory, name)
+                self._disk.sync_directory(directory)
 
     def _place(self, key: str) -> str:
         return os.path.join(self._root, key)

@@ -9,9 +9,11 @@ import stat
 
 from spotspeed.errors import StorageError
 from spotspeed.storage import posix
-from spotspeed.storage.contract import ObjectInfo, check_key
+from spotspeed.storage.contract import Leftover, ObjectInfo, check_key
 from spotspeed.storage.posix import Disk
 
+TEMPORARY_PREFIX = ".tmp-"
+"""What the names of files begin with that are being written; no key may have one."""
 _REMOVE_ATTEMPTS = 10
 
 
@@ -150,6 +152,24 @@ def collect(directory: int, prefix: str, found: list[ObjectInfo]) -> None:
             elif entry.is_file(follow_symlinks=False):
                 status = os.stat(entry.name, dir_fd=directory, follow_symlinks=False)
                 found.append(ObjectInfo(prefix + entry.name, status.st_size))
+
+
+def collect_leftovers(directory: int, prefix: str, found: list[Leftover]) -> None:
+    """Add every file that has not got its name yet, below an open directory."""
+    with os.scandir(directory) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith(TEMPORARY_PREFIX)]
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):
+                found.append(Leftover(prefix + name, status.st_size, status.st_mtime))
+    for name in subdirectories(directory):
+        with contextlib.suppress(FileNotFoundError):
+            child = posix.open_directory(directory, name)
+            try:
+                collect_leftovers(child, f"{prefix}{name}/", found)
+            finally:
+                os.close(child)
 
 
 def remove(disk: Disk, parent: int, name: str) -> None:

@@ -7,15 +7,14 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from types import TracebackType
 
 from spotspeed.errors import StorageError
 from spotspeed.storage import posix
-from spotspeed.storage.contract import ReadBuffer, as_bytes_view
+from spotspeed.storage.contract import ReadBuffer, Writer, as_bytes_view
 from spotspeed.storage.failures import storage_error
+from spotspeed.storage.local_tree import TEMPORARY_PREFIX
 from spotspeed.storage.posix import Disk
 
-TEMPORARY_PREFIX = ".tmp-"
 WRITEBACK_BYTES = 8 * 1024 * 1024
 """Unwritten bytes at which writing to the disk is started, so that fsync finds little to do."""
 DIRECT_BYTES = 256 * 1024
@@ -27,7 +26,7 @@ get and fill new pages beside the training.
 """
 
 
-class LocalWriter:
+class LocalWriter(Writer):
     """A file being written under a hidden name beside its place; owns its two descriptors."""
 
     def __init__(self, disk: Disk, directory: int, name: str, place: str) -> None:
@@ -96,22 +95,11 @@ class LocalWriter:
             return
         file, self._file = self._file, None
         self._disk.close(file)
-        # The temporary name is gone after a rename; what cannot be removed now is hidden, and
-        # goes with its directory.
+        # The temporary name is gone after a rename; what cannot be removed now is hidden, and goes
+        # with its directory or as a leftover.
         with contextlib.suppress(OSError):
             self._disk.unlink(self._directory, self._temporary)
         self._disk.close(self._directory)
-
-    def __enter__(self) -> LocalWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.abort()
 
     @contextlib.contextmanager
     def _publishing(self) -> Iterator[int]:

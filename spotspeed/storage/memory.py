@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
 
 from spotspeed.errors import FormatError, ObjectNotFoundError
 from spotspeed.storage.contract import (
+    Leftover,
     ObjectInfo,
     ReadBuffer,
     WriteBuffer,
+    Writer,
     as_bytes_view,
     check_key,
     check_prefix,
@@ -82,6 +83,13 @@ class MemoryStorage:
         with self._lock:
             self._objects = {k: v for k, v in self._objects.items() if not k.startswith(below)}
 
+    def leftovers(self, prefix: str = "") -> list[Leftover]:
+        check_prefix(prefix)
+        return []
+
+    def discard(self, leftover: Leftover) -> None:
+        """Nothing: what a writer has not committed is in its own memory."""
+
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         below = _below(prefix)
         with self._lock:
@@ -95,7 +103,7 @@ class MemoryStorage:
             raise ObjectNotFoundError(f"read {self.url}/{key}: there is no such object") from None
 
 
-class MemoryWriter:
+class MemoryWriter(Writer):
     """Collects an object until `commit` puts it into the store."""
 
     def __init__(self, storage: MemoryStorage, key: str) -> None:
@@ -120,17 +128,6 @@ class MemoryWriter:
 
     def abort(self) -> None:
         self._content = None
-
-    def __enter__(self) -> MemoryWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.abort()
 
     def _open_content(self) -> bytearray:
         if self._content is None:

@@ -12,12 +12,11 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TypeVar
 
 from spotspeed import events
 from spotspeed.errors import ObjectNotFoundError, SpotSpeedError, StorageError
-from spotspeed.storage.contract import ReadBuffer, as_bytes_view
+from spotspeed.storage.contract import ReadBuffer, Writer, as_bytes_view
 from spotspeed.storage.part_uploads import MAX_PARTS, PART_BYTES, PartUpload
 from spotspeed.storage.retry import RetryPolicy
 
@@ -41,7 +40,7 @@ class Target:
     part_bytes: int = PART_BYTES
 
 
-class MultipartWriter:
+class MultipartWriter(Writer):
     """A Writer that sends parts of `target.part_bytes` on threads of its own."""
 
     def __init__(self, target: Target, policy: RetryPolicy) -> None:
@@ -104,17 +103,6 @@ class MultipartWriter:
                 # them, or the directory is removed.
                 what = f"unfinished upload of {self._target.place}"
                 events.emit(events.Lost(what, f"not discarded: {error}"))
-
-    def __enter__(self) -> MultipartWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.abort()
 
     def _open_part(self) -> bytearray:
         if self._part is None:

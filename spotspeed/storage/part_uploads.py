@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from fsspec.asyn import sync
@@ -70,23 +70,29 @@ class S3Upload:
 
     def abort(self) -> None:
         if not self._is_complete:
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.call_s3("abort_multipart_upload", **self._place)
+            place = self._place
+            abort_s3_upload(self._fs, place["Bucket"], place["Key"], place["UploadId"])
 
 
-def abort_s3_uploads(fs: Any, path: str) -> None:
-    """End the uploads below `path` whose writers have died: their parts are stored and billed."""
-    bucket, key, _ = fs.split_path(path)
+def s3_uploads(fs: Any, path: str) -> Iterator[tuple[str, str, float]]:
+    """(key, upload's name, when it began) of what is unfinished below `path`: stored and billed."""
+    bucket, below, _ = fs.split_path(path)
+    prefix = f"{below}/" if below else ""
     more: dict[str, str] = {}
     while True:
-        found = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/", **more)
+        found = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **more)
         for upload in found.get("Uploads", ()):
-            if upload["Key"].startswith(f"{key}/"):
-                fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"],
-                           UploadId=upload["UploadId"])  # fmt: skip
+            if upload["Key"].startswith(prefix):
+                yield upload["Key"], upload["UploadId"], upload["Initiated"].timestamp()
         if not found.get("IsTruncated"):
             return
         more = {"KeyMarker": found["NextKeyMarker"], "UploadIdMarker": found["NextUploadIdMarker"]}
+
+
+def abort_s3_upload(fs: Any, bucket: str, key: str, upload: str) -> None:
+    """Give an upload up; one that is gone is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
 
 
 class GcsUpload:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from spotspeed.errors import ObjectNotFoundError, TransientStorageError, UnreadableError
 from spotspeed.storage.contract import (
+    Leftover,
     ObjectInfo,
     ReadBuffer,
     Storage,
@@ -119,6 +120,12 @@ class RetryingStorage:
 
     def delete_prefix(self, prefix: str) -> None:
         self._insist(lambda: self._inner.delete_prefix(prefix))
+
+    def leftovers(self, prefix: str = "") -> list[Leftover]:
+        return self._insist(lambda: self._inner.leftovers(prefix))
+
+    def discard(self, leftover: Leftover) -> None:
+        self._insist(lambda: self._inner.discard(leftover))
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         return self._insist(lambda: self._inner.list(prefix))

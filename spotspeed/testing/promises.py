@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Literal
 
 from spotspeed.storage.contract import (
+    Leftover,
     ObjectInfo,
     ReadBuffer,
     Storage,
@@ -80,6 +80,12 @@ class PromisingStorage:
         with self.calling("delete_prefix", prefix):
             self._inner.delete_prefix(prefix)
 
+    def leftovers(self, prefix: str = "") -> list[Leftover]:
+        return self._inner.leftovers(prefix)
+
+    def discard(self, leftover: Leftover) -> None:
+        self._inner.discard(leftover)
+
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         return self._inner.list(prefix)
 
@@ -93,7 +99,7 @@ class PromisingStorage:
         self._log.append(Call(number, kind, key, content, True))
 
 
-class _PromisingWriter:
+class _PromisingWriter(Writer):
     def __init__(self, storage: PromisingStorage, inner: Writer, key: str) -> None:
         self._storage, self._inner, self._key = storage, inner, key
         self._content = bytearray()
@@ -111,15 +117,6 @@ class _PromisingWriter:
             self._inner.commit()
 
     def abort(self) -> None:
-        self._inner.abort()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
         self._inner.abort()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,9 +111,35 @@ def test_what_a_killed_writer_began_goes_with_its_directory(servers: Servers) ->
         begun = filesystem.call_s3("create_multipart_upload", Bucket=BUCKET, Key=key)
         filesystem.call_s3("upload_part", Bucket=BUCKET, Key=key, UploadId=begun["UploadId"],
                            PartNumber=1, Body=b"x" * 100)  # fmt: skip
+    assert [item.path for item in storage.leftovers()] == ["step-2/shard", "step/shard"]
     storage.delete_prefix("step")
     assert [key.rpartition("/")[0][-6:] for key in unfinished(storage)] == ["step-2"]
     assert [info.key for info in storage.list()] == ["step-2/receipt"]
+    (left,) = storage.leftovers("step-2")
+    assert abs(time.time() - left.modified_unix_s) < 3600
+    storage.discard(left)
+    storage.discard(left)
+    assert unfinished(storage) == storage.leftovers() == []
+
+
+def test_parts_of_a_writer_that_is_gone_are_found_and_discarded(storage: Storage) -> None:
+    storage.put("step/receipt", b"x")
+    writer = storage.writer("step/shard")
+    for _ in range(8):
+        writer.write(BLOCK)
+    # Two parts are on their way: two objects of Google's, one upload of S3, and nothing that Azure
+    # would tell.
+    expected = {"gs": 2, "s3": 1, "az": 0}[storage.url.partition("://")[0]]
+    deadline = time.monotonic() + 60
+    while len(found := storage.leftovers("step")) < expected:
+        assert time.monotonic() < deadline
+    for item in found:
+        assert item.path.startswith("step/")
+        assert abs(time.time() - item.modified_unix_s) < 3600
+        storage.discard(item)
+    writer.abort()
+    assert storage.leftovers() == []
+    assert [info.key for info in storage.list()] == ["step/receipt"]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -254,6 +255,25 @@ def test_delete_prefix_removes_a_directory_and_nothing_beside_it(storage: Storag
     assert [info.key for info in storage.list()] == ["step-1.x", "step-10/a"]
     storage.put("step-1/a", b"new")
     assert storage.get("step-1/a", LIMIT) == b"new"
+
+
+def test_what_a_write_has_left_can_be_found_and_discarded(storage: Storage) -> None:
+    storage.put("step/receipt", b"x")
+    writers = [storage.writer(key) for key in ("step/shard", "other/shard")]
+    for writer in writers:
+        writer.write(b"y" * 1000)
+    found = storage.leftovers()
+    assert found == sorted(found)
+    assert storage.leftovers("step") == [item for item in found if item.path.startswith("step/")]
+    assert storage.leftovers("nothing") == []
+    for item in found:
+        assert abs(time.time() - item.modified_unix_s) < 3600
+        storage.discard(item)
+        storage.discard(item)
+    assert storage.leftovers() == []
+    assert storage.list() == [ObjectInfo("step/receipt", 1)]
+    for writer in writers:
+        writer.abort()
 
 
 @pytest.mark.parametrize(

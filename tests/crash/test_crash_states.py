@@ -258,7 +258,7 @@ def test_a_crash_in_the_middle_of_a_race_breaks_no_promise(workplace: Path) -> N
 def _sites() -> list[str]:
     """Every fsync in the code of the local store, by module, function and kind."""
     return [
-        "local.delete: sync_directory",
+        "local._unlink: sync_directory",
         "local.delete_prefix: sync_directory",
         "local_tree._enter: sync_directory",
         "local_tree._sync_ancestors: sync_directory",
