@@ -173,12 +173,14 @@ def drain_part(
 
     Both are durable on return. `on_bytes(so_far)` is called between two pieces; what it raises
     ends the copy, and nothing of it appears. Memory: SPAN_BYTES, or one chunk if that is larger.
-    Raises CorruptionError when the node's copy is damaged, StorageError when the store fails.
+    Raises CorruptionError when the node's copy is damaged or a frozen object that it refers to is
+    gone from the store, StorageError when the store fails.
     """
     key = part.ticket.receipt_path(part.rank)
     with listed(node, key):
         data = node.get(key, MAX_RECEIPT_BYTES)
     shard = open_shard(node, part.receipt)
+    _check_objects(storage, part)
     with storage.writer(shard.path) as writer:
         for piece in _verified(node, shard):
             on_bytes(writer.position)
@@ -186,6 +188,24 @@ def drain_part(
         writer.commit()
     storage.put(key, data)
     on_bytes(part.size_bytes)
+
+
+def _check_objects(storage: Storage, part: NodePart) -> None:
+    """Frozen objects are at the store since before the part was written (docs/adr/0008).
+
+    They may be swept when a launch elsewhere has gone on without this node and sealed something.
+    """
+    for item in part.receipt.objects:
+        try:
+            is_there = storage.size(item.path) == item.size_bytes
+        except ObjectNotFoundError:
+            is_there = False
+        if not is_there:
+            raise CorruptionError(
+                f"{place(storage, item.path)}: the frozen object is gone to which rank "
+                f"{part.rank} of {part.ticket.directory} refers: something newer has been sealed "
+                f"since, so that part can no longer be completed"
+            )
 
 
 def _verified(node: Storage, shard: OpenShard) -> Iterator[memoryview]:
