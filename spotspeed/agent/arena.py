@@ -57,7 +57,14 @@ def create_arena(hello: Hello, available_bytes: int) -> SlotArena | None:
             f"rank {hello.rank} asks for a staging pool of {hello.arena_bytes} bytes and this node "
             f"has {available_bytes} free: set staging.host_memory_gb lower"
         )
-    return SlotArena(hello.arena_bytes, slot_bytes)
+    try:
+        return SlotArena(hello.arena_bytes, slot_bytes)
+    except OSError as error:
+        raise PoolExhaustedError(
+            f"rank {hello.rank} asks for a staging pool of {hello.arena_bytes} bytes, which this "
+            f"node refuses: {error.strerror or error}. It is memory, but counts as a file: allow "
+            f"files of that size (ulimit -f), or set staging.host_memory_gb lower"
+        ) from error
 
 
 def _allocate(arena: Arena, size_bytes: int) -> None:

@@ -39,7 +39,7 @@ from spotspeed.core.manifest import (
     Ticket,
     encode_receipt,
 )
-from spotspeed.errors import CaptureError, FormatError
+from spotspeed.errors import CaptureError, FormatError, StorageError
 from spotspeed.storage.contract import Writer
 
 _ZEROS = bytes(4096)
@@ -95,7 +95,8 @@ class ShardWriter:
         self._hashers = [] if content is None else [hasher() for _ in layout.entries]
         self._records: list[ChunkRecord] = []
         self._position = 0
-        self._writer = self._begin()
+        self._writer: Writer
+        self._begin()
 
     @property
     def layout(self) -> StreamLayout:
@@ -219,7 +220,7 @@ class ShardWriter:
         """
         self._writer.abort()
         self._storage, self._position = storage, 0
-        self._writer = self._begin()
+        self._begin()
         for number, record in enumerate(self._records):
             frame = memoryview(bytearray(record.stored_size))
             read_back(record.file_offset, frame)
@@ -241,17 +242,14 @@ class ShardWriter:
     ) -> None:  # fmt: skip
         self._writer.abort()
 
-    def _begin(self) -> Writer:
-        """The open file of the shard, with its header written."""
-        data = encode_header(Header(*self._identity))
-        writer = self._storage.writer(self._path)
+    def _begin(self) -> None:
+        """Open the file of the shard, and write its header."""
+        self._writer = self._storage.writer(self._path)
         try:
-            writer.write(data)
-        except BaseException:  # nobody else knows the writer yet: whatever ends this, it goes
-            writer.abort()
+            self._write(encode_header(Header(*self._identity)))
+        except BaseException:
+            self._writer.abort()
             raise
-        self._position = len(data)
-        return writer
 
     def _pad(self) -> None:
         gap = align_frame(self._position) - self._position
@@ -259,7 +257,11 @@ class ShardWriter:
             self._write(_ZEROS[:gap])
 
     def _write(self, buffer: Buffer) -> None:
-        self._writer.write(buffer)
+        try:
+            self._writer.write(buffer)
+        except StorageError as error:
+            left = largest_file_bytes(self._layout) - self._position
+            raise type(error)(f"{error} (up to {left} bytes of this file are missing)") from error
         self._position += len(buffer)
 
 
