@@ -169,9 +169,8 @@ class Checkpointer:
         self._lost = "" if seat.is_whole else self._lost
         self._begin_branch()
         if restored is not None and seat.is_whole and storage.url == self.storage.url:
-            self._restored = restored
-            self._session.record_restored(self._restored)
-            self._has_restored = True
+            self._restored, self._has_restored = restored, True
+            self._session.record_restored(restored)
         self._start()
         return restored
 
@@ -283,6 +282,7 @@ class Checkpointer:
 
     def after_update(self, engine: Any) -> None:
         """A step is complete: keep what the next forward changes, and save if it is time."""
+        self._cuts.planner.stepped()
         step = int(engine.global_steps)
         self._small.record()
         self._binding.watches_forward = bool(self._small.late)
@@ -318,14 +318,14 @@ class Checkpointer:
         )  # fmt: skip
         if is_new:
             self._save_began = time.monotonic()
-            handle.upload_completion.add_done_callback(self._session.collect)
+            self._cuts.follow(handle)
         return handle
 
     def again(self, handle: SaveHandle) -> SaveHandle:
         """A failed save once more, of a state that has not changed since."""
         fresh, is_new = self._register.submit(handle.ticket, again=True)
         if is_new:
-            fresh.upload_completion.add_done_callback(self._session.collect)
+            self._cuts.follow(fresh)
         return fresh
 
     # Inside.
@@ -357,7 +357,7 @@ class Checkpointer:
         named = self._register.named(handle)
         sources = (named.provider(self._provider), self._small, self._session.stager)
         return begin_save(handle.ticket, rank=self.rank, sources=sources, record=record,
-                          extra=named.extra())  # fmt: skip
+                          extra=named.extra(), orders=self._cuts.orders(handle))  # fmt: skip
 
     def _has_everywhere(self, exchange: Exchange, step: int) -> bool:
         """Whether some save of `step` is under way or durable on every rank."""

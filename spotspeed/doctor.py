@@ -23,6 +23,7 @@ from spotspeed.checkpoint.catalog import scan
 from spotspeed.checkpoint.ownership import read_owner
 from spotspeed.coordinator.notice.detect import find_platform
 from spotspeed.core.deadline import (
+    NOTICES_S,
     Decision,
     Limits,
     Measured,
@@ -34,8 +35,6 @@ from spotspeed.staging.pool import available_memory_bytes
 from spotspeed.storage import open_storage
 from spotspeed.storage.contract import Storage
 
-NOTICES_S = (120.0, 30.0, 15.0)
-"""Notices of EC2, of Azure and of launchers, and of GKE pods."""
 PROBE_KEY = "probe/doctor-"
 PROBE_S = 1.0
 PROBE_BYTES_MAX = 512 * 1024 * 1024

@@ -53,6 +53,49 @@ class Agreed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Planned(Event):
+    """What is to become of a notice's save in the `left_s` seconds that are left, and why.
+
+    `staged_s` and `done_s` are when it is expected to be staged and durable, `patience_s` how long
+    it waits for the training's step to end first.
+    """
+
+    step: int
+    rank: int
+    action: str
+    left_s: float
+    staged_s: float
+    done_s: float
+    patience_s: float
+    compression: str
+    is_direct: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast(Event):
+    """What a notice of `notice_s` seconds can save, by what the saves so far have taken."""
+
+    notice_s: float
+    action: str
+    done_s: float
+    state_bytes: int
+    largest_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unsafe(Event):
+    """The state does not become durable within the notice that is to be expected here."""
+
+    notice_s: float
+    done_s: float
+    state_bytes: int
+    largest_bytes: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
 class Staged(Event):
     """This rank's state is out of the training's memory; it survives the rank from here on."""
 
@@ -137,7 +180,7 @@ class Sink(Protocol):
 
 _LEVELS: dict[type[Event], int] = {
     Lost: logging.ERROR, FellBack: logging.WARNING, Noticed: logging.WARNING,
-    Bypassed: logging.WARNING, Staged: logging.DEBUG, Kept: logging.DEBUG,
+    Bypassed: logging.WARNING, Unsafe: logging.WARNING, Staged: logging.DEBUG, Kept: logging.DEBUG,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -16,9 +17,11 @@ from spotspeed.checkpoint.queue import SaveHandle
 from spotspeed.checkpoint.session import Session, Standing
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import Cut
+from spotspeed.core.deadline import Orders
 from spotspeed.core.manifest import Manifest
 from spotspeed.errors import CoordinationError, StorageError
 from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch
+from spotspeed.planning import Planner, launcher_grace_s
 from spotspeed.staging.staged import StagingFacts
 
 RETRY_PAUSE_S = 0.5
@@ -44,8 +47,8 @@ class Saves(Protocol):
         """Whether every rank saves at this step of its own accord."""
         ...
 
-    def hurry(self) -> None:
-        """There is no time to wait long for what a save still lacks."""
+    def hurry(self, grace_s: float) -> None:
+        """There are `grace_s` seconds to wait for what a save still lacks."""
         ...
 
     def standing(self) -> Standing | None:
@@ -65,12 +68,25 @@ class Interruption:
         self._saves, self._config, self._rank = saves, config, rank
         self._session: Session | None = None
         self._exit: ExitWatch | None = None
+        self.planner = Planner(config, rank, launcher_s=launcher_grace_s(os.environ))
+        self._orders: Orders | None = None
         self._captures: dict[int, SaveHandle] = {}
         self._lost: list[int] = []
 
     def begin(self, session: Session, exit_watch: ExitWatch) -> None:
         """From here on there is something to save."""
         self._session, self._exit = session, exit_watch
+        self.planner.begin(session.storage.url)
+
+    def follow(self, handle: SaveHandle) -> None:
+        """A save has been asked for: learn what it takes, and collect what it makes old."""
+        assert self._session is not None
+        self.planner.follow(handle)
+        handle.upload_completion.add_done_callback(self._session.collect)
+
+    def orders(self, handle: SaveHandle) -> Orders | None:
+        """How a save is to be stored; None: as the config has it."""
+        return self._orders if handle.ticket.reason == "notice" else None
 
     @property
     def exit_code(self) -> int:
@@ -103,6 +119,7 @@ class Interruption:
 
     def on_notice(self, source: str, seconds_left: float) -> None:
         """A notice was heard on this rank."""
+        self.planner.heard()
         events.emit(events.Noticed(source, self._rank, seconds_left))
 
     def on_capture(self, cut: Cut) -> None:
@@ -119,7 +136,10 @@ class Interruption:
             why = f"rank {cut.lost[0]} is lost, and its part of step {cut.step} with it"
             return coordinator.report_failed(cut.round, why)
         if cut.stop:
-            self._saves.hurry()
+            left_s = cut.seconds_left or 0.0
+            plan = self.planner.plan(cut.step, cut.source, left_s, self._session.known_tag())
+            self._orders = plan.orders
+            self._saves.hurry(plan.patience_s)
         attempt, reason = cut.attempt, "notice" if cut.stop else "periodic"
         if self._saves.is_on_grid(cut.step):
             attempt, reason = "p", "periodic"

@@ -125,10 +125,11 @@ class Drainer:
             self._copying += 1
             if self._copying == 1:
                 self._busy_began = time.monotonic()
-        copied = 0
+        copied, began = 0, time.monotonic()
         try:
             drain_part(self._node, self._storage, drain.part, lambda at: self._at(drain, at))
             copied = drain.part.size_bytes
+            drain.save.progress.drained_s = time.monotonic() - began
         finally:
             with self._changed:
                 self._copying -= 1

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from spotspeed.core.chunks import StreamLayout
 from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.manifest import Ticket
-from spotspeed.core.saver_protocol import Begin
+from spotspeed.core.saver_protocol import Begin, Cost
 from spotspeed.errors import FormatError, StorageError
 
 State = Literal["arriving", "kept", "written", "sealed", "stored", "failed"]
@@ -31,6 +31,8 @@ class SaveProgress:
     raw_bytes: int
     written_bytes: int = 0
     state: State = "arriving"
+    drained_s: float = 0.0
+    """Seconds that the way from the node's disk to the store has taken."""
 
     @property
     def bytes_left(self) -> int:
@@ -75,6 +77,9 @@ class IncomingSave:
         self.ticket = begin.ticket
         self.rank = begin.rank
         self.compression = begin.compression
+        self.is_direct = begin.is_direct
+        self.cost: Cost | None = None
+        """What its shard took, once that is durable somewhere."""
         self.layout = layout
         self.parts = parts or (layout,)
         self.new_objects, self.referred = begin.objects, begin.referred

@@ -22,6 +22,7 @@ from spotspeed.agent.process import lower_priority
 from spotspeed.agent.renewal import Renewal
 from spotspeed.agent.sealing import Sealer
 from spotspeed.agent.writing import Workshop, store
+from spotspeed.checkpoint.tiers import NodePart
 from spotspeed.core.chunks import join, pack_parts
 from spotspeed.core.manifest import Manifest, encode_manifest
 from spotspeed.core.saver_protocol import (
@@ -29,6 +30,7 @@ from spotspeed.core.saver_protocol import (
     Begin,
     Bypassed,
     Chunks,
+    Cost,
     Decoder,
     Drain,
     End,
@@ -243,16 +245,22 @@ class Session:
                 continue
             finally:
                 self._ledger.settle(save.number)
+            if save.cost is not None:
+                self.send(save.cost)
             if part is None or self._tier is None:
                 self._stored(save, house)
             else:
                 save.progress.keep(part.size_bytes)
                 self.send(Kept(save.number, part.size_bytes))
-                self._tier.drain(part, save, partial(self._drained, save, house))
+                self._tier.drain(part, save, partial(self._drained, save, part, house))
 
-    def _drained(self, save: IncomingSave, house: House, error: SpotSpeedError | None) -> None:
+    def _drained(
+        self, save: IncomingSave, part: NodePart, house: House, error: SpotSpeedError | None
+    ) -> None:
         """What the node's disk held has come to the store, or will not."""
         if error is None:
+            shard, drained_s = part.receipt.shard, save.progress.drained_s
+            self.send(Cost(save.number, False, shard.raw_bytes, shard.size_bytes, 0.0, drained_s))
             self._stored(save, house)
         else:
             self._fail(save, error, house)

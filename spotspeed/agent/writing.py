@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from spotspeed.agent.arena import SlotArena
 from spotspeed.agent.incoming import IncomingSave, StoppedError
 from spotspeed.agent.ledger import SlotLedger
+from spotspeed.agent.metering import Meter
 from spotspeed.agent.node_tier import NodeSink, NodeTier
 from spotspeed.checkpoint.shard import EncodedChunk, ShardWriter
 from spotspeed.checkpoint.tiers import NodePart
@@ -78,7 +79,7 @@ def store(save: IncomingSave, workshop: Workshop) -> NodePart | None:
 def _store(save: IncomingSave, workshop: Workshop) -> NodePart | None:
     with contextlib.ExitStack() as stack:
         node = None
-        if workshop.tier is not None:
+        if workshop.tier is not None and not save.is_direct:
             try:
                 node = stack.enter_context(workshop.tier.sink(save))
             except StorageError as error:
@@ -129,12 +130,18 @@ class _Writing:
     ) -> None:
         self.writer, self.node = writer, node
         self._save, self._workshop = save, workshop
+        is_remote = node is None and "://" in workshop.storage.url
+        self.meter = Meter(encoder_threads(), is_side_by_side=is_remote)
+
+    def encode(self, index: int, view: memoryview) -> EncodedChunk:
+        return self.meter.encoding(self.writer.encode, index, view)
 
     def put(self, chunk: EncodedChunk) -> None:
-        self._insist(lambda: self.writer.put(chunk))
+        self._insist(lambda: self.meter.writing(self.writer.put, chunk))
 
     def finish(self) -> Receipt:
-        return self._insist(lambda: self.writer.finish(self._save.objects or ()))
+        objects = self._save.objects or ()
+        return self._insist(lambda: self.meter.writing(self.writer.finish, objects))
 
     def _insist(self, call: Callable[[], T]) -> T:
         """`call`, once more after a move to the store when the tier fails in it."""
@@ -164,12 +171,14 @@ def _store_once(save: IncomingSave, workshop: Workshop, node: NodeSink | None) -
     with ShardWriter(sink, save.ticket, save.rank, save.parts[-1], policy) as writer:
         writing = _Writing(writer, node, save, workshop)
         first = len(save.layout.chunks) - len(save.parts[-1].chunks)
-        for raw_stop in _put_chunks(save, workshop, writer, writing.put, first):
+        for raw_stop in _put_chunks(save, workshop, writer, writing, first):
             if writing.node is None:
                 save.progress.written_bytes = raw_stop
         save.wait_end()
         save.is_promised = True
         receipt = writing.finish()
+    if writing.node is node:
+        save.cost = writing.meter.cost(save.number, receipt, is_near=node is not None)
     if writing.node is None:
         return None
     writing.node.is_kept = True
@@ -190,7 +199,7 @@ def _store_objects(
         with ShardWriter(
             workshop.storage, save.ticket, save.rank, layout, policy, content=item.content
         ) as writer:
-            for raw_stop in _put_chunks(save, workshop, writer, writer.put, first):
+            for raw_stop in _put_chunks(save, workshop, writer, writer, first):
                 save.progress.written_bytes = raw_stop
             yield writer.finish_object()
         first += len(layout.chunks)
@@ -219,11 +228,19 @@ def _discard_objects(save: IncomingSave, storage: Storage) -> None:
                 storage.delete(object_path(save.ticket.directory, item.content))
 
 
+class Press(Protocol):
+    """Makes chunks of slots, on any thread, and puts them into a file, in order."""
+
+    def encode(self, index: int, view: memoryview, /) -> EncodedChunk: ...
+
+    def put(self, chunk: EncodedChunk, /) -> None: ...
+
+
 def _put_chunks(
     save: IncomingSave,
     workshop: Workshop,
     writer: ShardWriter,
-    put: Callable[[EncodedChunk], None],
+    press: Press,
     first: int,
 ) -> Iterator[int]:
     """Encode and put a file's chunks, whose first is number `first` of the save's.
@@ -232,10 +249,11 @@ def _put_chunks(
     """
     ahead: deque[tuple[int, Future[EncodedChunk]]] = deque()
     try:
-        for index in range(first, first + len(writer.layout.chunks)):
-            _encode_ahead(save, workshop, writer, ahead, (first, index))
+        stop = first + len(writer.layout.chunks)
+        for index in range(first, stop):
+            _encode_ahead(save, workshop, press.encode, ahead, (first, index, stop))
             slot, encoding = ahead.popleft()
-            put(encoding.result())
+            press.put(encoding.result())
             workshop.ledger.written(slot)
             yield save.layout.chunks[index].raw_stop
     finally:
@@ -246,22 +264,22 @@ def _put_chunks(
 def _encode_ahead(
     save: IncomingSave,
     workshop: Workshop,
-    writer: ShardWriter,
+    encode: Callable[[int, memoryview], EncodedChunk],
     ahead: deque[tuple[int, Future[EncodedChunk]]],
-    at: tuple[int, int],
+    at: tuple[int, int, int],
 ) -> None:
     """Keep up to LOOKAHEAD chunks being encoded; waits only for the first.
 
-    `at` is the number, in the save, of the file's first chunk and of the one to be put next.
+    `at` are numbers in the save: the file's first chunk, the one to be put next, and the file's
+    end.
     """
-    first, index = at
-    stop = min(index + LOOKAHEAD, first + len(writer.layout.chunks))
-    for number in range(index + len(ahead), stop):
+    first, index, end = at
+    for number in range(index + len(ahead), min(index + LOOKAHEAD, end)):
         slot = save.slot(number, wait=number == index)
         if slot is None:
             return
         view = workshop.arena.view(slot, save.layout.chunks[number].size_bytes)
-        ahead.append((slot, workshop.encoders.submit(writer.encode, number - first, view)))
+        ahead.append((slot, workshop.encoders.submit(encode, number - first, view)))
 
 
 def _policy(save: IncomingSave, workshop: Workshop) -> CodecPolicy:

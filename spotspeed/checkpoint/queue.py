@@ -12,6 +12,7 @@ from typing import Any
 
 from spotspeed import events
 from spotspeed.core.manifest import Manifest, Ticket
+from spotspeed.core.saver_protocol import Cost
 from spotspeed.core.tiers import Level
 from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.staging.staged import StagedSave, StagingFacts
@@ -67,6 +68,13 @@ class SaveHandle:
         """Whether it is known that it will not become durable."""
         done = self.upload_completion.done()
         return done and self.upload_completion.exception() is not None
+
+    @property
+    def costs(self) -> tuple[Cost, ...]:
+        """What the saver took to make this rank's part durable, on the node and at the store."""
+        if self._inner is not None:
+            return self._inner.costs
+        return () if self._staged is None else self._staged.costs
 
     def wait(self, timeout_s: float | None = None) -> Manifest:
         """Block until durable; raises what went wrong, or TimeoutError."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from spotspeed.core import plain
+from spotspeed.core.deadline import Orders
 from spotspeed.core.layout import KIND_BLOB, KIND_MASTER, KIND_WEIGHT, TensorKey
 from spotspeed.core.manifest import Ticket
 from spotspeed.state.plain_tensors import to_plain
@@ -32,12 +33,14 @@ def begin_save(
     sources: tuple[StateProvider, SmallState, Stager],
     record: Record,
     extra: Mapping[str, Any],
+    orders: Orders | None = None,
 ) -> StagedSave:
     """Start to stage this rank's part of `ticket`; returns before the bytes are copied.
 
     `record` is the small state at the ticket's step and `extra` joins the job's blob
-    ("client_state", ...). The tensors may not change until the save is staged. Raises
-    CaptureError when something cannot be stored, naming it.
+    ("client_state", ...); `orders` replaces how the config would have it stored. The tensors may
+    not change until the save is staged. Raises CaptureError when something cannot be stored,
+    naming it.
     """
     provider, small, stager = sources
     pieces = [*provider.pieces(), *provider.derived_mismatches(), *small.buffer_pieces(record)]
@@ -50,7 +53,7 @@ def begin_save(
             if share.fragment.interval.count]  # fmt: skip
     frozen = [item for item in held if _is_frozen(item[0].key)]
     shares = [item for item in held if not _is_frozen(item[0].key)]
-    return stager.stage(ticket, shares, blobs, frozen=frozen)
+    return stager.stage(ticket, shares, blobs, frozen=frozen, orders=orders)
 
 
 def _is_frozen(key: TensorKey) -> bool:

@@ -135,6 +135,12 @@ class Session:
             return "an unknown checkpoint (the store does not answer)"
         return f"{self._newest[1]!r} (step {self._newest[0]}; the store does not answer)"
 
+    def known_tag(self) -> str:
+        """The newest checkpoint that this rank knows of without asking the store, in words."""
+        if self._newest is not None:
+            return f"{self._newest[1]!r} (step {self._newest[0]})"
+        return "the start" if self.standing is None else f"step {self.standing.step}"
+
     def farewell(self, outcome: tuple[Cut, str | None, str] | None, where: str) -> str:
         """How this rank ends: what the last cut came to, or where the rank was without one."""
         if outcome is not None and outcome[1] is not None:

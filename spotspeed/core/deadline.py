@@ -9,8 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+
+NOTICES_S = (120.0, 30.0, 15.0)
+"""Notices of EC2, of Azure and of launchers, and of GKE pods."""
+CAUTION = 0.1
+"""Part of the time that has to be left over before the node's own disk is passed by."""
+COMPRESSED = 0.95
+"""Stored bytes per raw byte below which the data is worth compressing."""
 
 
 class Action(Enum):
@@ -88,6 +95,10 @@ class Measured:
         """Seconds from the notice until the state is out of the ranks' memory."""
         return self.begin_s + self.state_bytes / self.stage_bytes_s
 
+    def after_notice(self, *, agreement_s: float, step_s: float) -> Measured:
+        """The same, seen from the moment of the notice instead of that of the capture."""
+        return replace(self, agreement_s=agreement_s, step_s=step_s)
+
     @property
     def begin_s(self) -> float:
         """Seconds from the notice until the first byte is staged."""
@@ -134,6 +145,121 @@ def decide(limits: Limits, measured: Measured, sinks: Sequence[Sink]) -> Decisio
         f"the fastest store is durable at {nearest:.1f} s and the machine is gone at "
         f"{machine_s:.1f} s",
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """How a save is to be stored: `compression` "zstd", "none" or "" for the saver's choice.
+
+    `is_direct` leads it past the node's own disk.
+    """
+
+    compression: str = ""
+    is_direct: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a place was seen to take this rank's shards, and what the encoding did to them.
+
+    `write_bytes_s` counts stored bytes, `encode_bytes_s` raw ones (None: nothing was encoded), and
+    `ratio` is stored bytes per raw byte.
+    """
+
+    write_bytes_s: float
+    encode_bytes_s: float | None = None
+    ratio: float = 1.0
+
+    @staticmethod
+    def of(raw_bytes: int, stored_bytes: int, encode_s: float, write_s: float) -> Pace | None:
+        """The pace of one save; None where there is nothing to tell it by."""
+        if raw_bytes <= 0 or stored_bytes <= 0 or write_s <= 0:
+            return None
+        encode_bytes_s = raw_bytes / encode_s if encode_s > 0 else None
+        return Pace(stored_bytes / write_s, encode_bytes_s, stored_bytes / raw_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of storing a save."""
+
+    sink: Sink
+    orders: Orders
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where this rank's saves go: the store and, with `local_path`, the node's own disk.
+
+    `compression` is the config's, "" where it leaves the choice.
+    """
+
+    url: str
+    remote: Pace
+    seal_s: float
+    near: Pace | None = None
+    compression: str = ""
+
+    def ways(self) -> tuple[tuple[Way, ...], tuple[Way, ...], tuple[Way, ...]]:
+        """(as always, past the node's disk, on the node only); each with and without compression.
+
+        Through the node's disk a shard is written twice, one after the other.
+        """
+        near, remote = self.near, self.remote
+        if near is None:
+            return self._both(self.url, remote.write_bytes_s), (), ()
+        twice = 1 / (1 / near.write_bytes_s + 1 / remote.write_bytes_s)
+        return (
+            self._both(f"{self.url} by way of the node", twice),
+            self._both(self.url, remote.write_bytes_s, is_direct=True),
+            self._both("the node's disk", near.write_bytes_s, is_near=True),
+        )
+
+    def _both(
+        self, name: str, write_bytes_s: float, *, is_direct: bool = False, is_near: bool = False
+    ) -> tuple[Way, ...]:
+        encoded = self.near if self.near is not None else self.remote
+        seal_s = 0.0 if is_near else self.seal_s
+        as_seen = Sink(name, write_bytes_s, seal_s, not is_near, encoded.ratio,
+                       encoded.encode_bytes_s)  # fmt: skip
+        found = [Way(as_seen, Orders(self.compression, is_direct))]
+        if not self.compression and encoded.ratio < COMPRESSED:
+            raw = Sink(f"{name}, not compressed", write_bytes_s, seal_s, not is_near)
+            found.append(Way(raw, Orders("none", is_direct)))
+        return tuple(found)
+
+
+def choose(limits: Limits, measured: Measured, places: Places) -> tuple[Decision, Orders]:
+    """What to do, and how to store it: as always, if that fits.
+
+    With too little time for both the node's disk and the store, the store alone where that fits
+    with something to spare, and else the node's disk alone.
+    """
+    always, direct, near = places.ways()
+    decision = _decide_among(limits, measured, always)
+    if decision.action is not Action.SAVE and direct:
+        daring = _decide_among(limits, measured, direct)
+        is_fit = daring.action is Action.SAVE
+        if is_fit and daring.spare_s >= CAUTION * limits.machine_s:
+            decision = daring
+        else:
+            decision = _decide_among(limits, measured, [*always, *near])
+    ways = {way.sink: way.orders for way in (*always, *direct, *near)}
+    if decision.sink is not None:
+        return decision, ways[decision.sink]
+    fastest = min(always, key=lambda way: _done_s(measured, way.sink))
+    return decision, fastest.orders
+
+
+def _decide_among(limits: Limits, measured: Measured, ways: Sequence[Way]) -> Decision:
+    return decide(limits, measured, [way.sink for way in ways])
+
+
+def patience_s(decision: Decision, limits: Limits, *, at_most_s: float) -> float:
+    """How long a save may wait for the end of a training step before it is staged."""
+    if decision.sink is None:
+        return 0.0
+    return max(0.0, min(at_most_s, decision.spare_s, limits.ranks_s - decision.staged_s))
 
 
 def largest_state_bytes(limits: Limits, measured: Measured, sink: Sink) -> int:

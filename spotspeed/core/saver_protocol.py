@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
 import msgpack
 
-from spotspeed.core.documents import build, check_int, check_sha256
 from spotspeed.core.frozen import ObjectRecord
-from spotspeed.core.interval import Interval
-from spotspeed.core.layout import Fragment, TensorKey
+from spotspeed.core.layout import Fragment
 from spotspeed.core.manifest import Ticket
+from spotspeed.core.saver_fields import PARSERS, NewObject
 from spotspeed.errors import FormatError, InvalidLayoutError
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
 MAX_SLOTS: Final = 1 << 20
 MAX_EPOCH: Final = 2**53
@@ -46,14 +45,6 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class NewObject:
-    """A frozen object to be written: its content (core/frozen.py) and its number of fragments."""
-
-    content: str
-    fragment_count: int
-
-
-@dataclass(frozen=True, slots=True)
 class Begin:
     """Announces a save of this rank: what `core.chunks.pack` is to lay out, and the result's size.
 
@@ -72,6 +63,8 @@ class Begin:
     """Frozen objects to be written; their fragments and chunks come first, in this order."""
     referred: tuple[ObjectRecord, ...] = ()
     """Frozen objects that are stored already and hold the rest of this rank's part."""
+    is_direct: bool = False
+    """Whether it goes past the node's own disk: there is no time for both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +175,24 @@ class Bypassed:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What it took to make this rank's shard durable; comes before Kept and before Stored.
+
+    `encode_s` and `write_s` are the seconds that encoding alone and writing alone would have
+    taken; `encode_s` is 0 when nothing was encoded, as on the way from the node's disk to the
+    store.
+    """
+
+    save: int
+    is_near: bool
+    """On the node's own disk, not at the store."""
+    raw_bytes: int
+    stored_bytes: int
+    encode_s: float
+    write_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """This rank's shard and receipt are durable, and the frozen objects that they refer to."""
 
@@ -232,8 +243,8 @@ class Noticed:
 
 Message = (
     Hello | Begin | Chunks | End | Abandon | Need | Drain | Renew | Notify | UseTier
-    | Welcome | Refused | Freed | Kept | Bypassed | Stored | Sealed | Failed | Progress | Drained
-    | Noticed
+    | Welcome | Refused | Freed | Kept | Bypassed | Cost | Stored | Sealed | Failed | Progress
+    | Drained | Noticed
 )  # fmt: skip
 
 _CODES: dict[int, type[Any]] = {
@@ -241,6 +252,7 @@ _CODES: dict[int, type[Any]] = {
     10: UseTier,
     33: Welcome, 34: Refused, 35: Freed, 36: Stored, 37: Sealed, 38: Failed, 39: Progress,
     40: Drained, 41: Noticed, 42: Kept, 43: Bypassed,
+    44: Cost,
 }  # fmt: skip
 _CODE_OF = {kind: code for code, kind in _CODES.items()}
 
@@ -337,59 +349,6 @@ def _plain(value: Any) -> Any:
 
 def _parse(message: str, name: str, annotation: str, value: Any) -> Any:
     try:
-        return _PARSERS[annotation](value)
+        return PARSERS[annotation](value)
     except (TypeError, ValueError, FormatError, InvalidLayoutError) as error:
         raise FormatError(f"saver socket: {message}.{name}: {error}") from error
-
-
-def _check(value: Any, *kinds: type) -> Any:
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f"{str(value)[:40]!r} is not {' or '.join(k.__name__ for k in kinds)}")
-    return value
-
-
-def _int(value: Any) -> int:
-    number: int = _check(value, int)
-    if not 0 <= number <= 2**62:
-        raise ValueError(f"{number} is out of range")
-    return number
-
-
-def _fragment(value: Any) -> Fragment:
-    kind, name, scope, dtype, shape, start, stop = _check(value, list)
-    key = TensorKey(_check(kind, str), _check(name, str), _check(scope, str))
-    dimensions = tuple(_int(size) for size in _check(shape, list))
-    return Fragment(key, _check(dtype, str), dimensions, Interval(_int(start), _int(stop)))
-
-
-def _new_object(value: Any) -> NewObject:
-    found: NewObject = build(NewObject, value, "saver socket: a new object")
-    check_sha256("content", found.content)
-    check_int("fragment_count", found.fragment_count, 1, MAX_SLOTS)
-    return found
-
-
-def _tuple_of(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
-    return lambda value: tuple(parse(item) for item in _check(value, list))
-
-
-def _str(value: Any) -> str:
-    text: str = _check(value, str)
-    return text
-
-
-_PARSERS: dict[str, Callable[[Any], Any]] = {
-    "int": _int,
-    "float": lambda value: float(_check(value, int, float)),
-    "str": _str,
-    "bytes": lambda value: _check(value, bytes),
-    "tuple[int, ...]": _tuple_of(_int),
-    "tuple[str, ...]": _tuple_of(_str),
-    "tuple[Fragment, ...]": _tuple_of(_fragment),
-    "tuple[NewObject, ...]": _tuple_of(_new_object),
-    "tuple[ObjectRecord, ...]": _tuple_of(
-        lambda value: build(ObjectRecord, value, "saver socket: an object")
-    ),
-    "Ticket": lambda value: Ticket(**_check(value, dict)),
-}
-"""How a field of each annotation is read back."""

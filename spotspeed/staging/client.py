@@ -15,6 +15,7 @@ from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.manifest import Manifest, decode_manifest
 from spotspeed.core.saver_protocol import (
     Bypassed,
+    Cost,
     Drain,
     Drained,
     Failed,
@@ -56,6 +57,9 @@ class SaveListener(Protocol):
 
     def kept(self, size_bytes: int) -> None:
         """This rank's shard and receipt are durable on the node's own disk."""
+
+    def cost(self, cost: Cost) -> None:
+        """What it took to make this rank's shard durable, there or at the store."""
 
     def bypassed(self, cause: str) -> None:
         """The node's own disk does not take them; they go straight to the store."""
@@ -203,6 +207,9 @@ class SaverSession:
             case Bypassed(save, cause):
                 if listener := self._listeners.get(save):
                     listener.bypassed(cause)
+            case Cost(save):
+                if listener := self._listeners.get(save):
+                    listener.cost(message)
             case Stored(save, objects):
                 if listener := self._listeners.get(save):
                     listener.stored(objects)

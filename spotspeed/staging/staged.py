@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from spotspeed.core.chunks import StreamLayout, join, pack_parts
+from spotspeed.core.deadline import Orders
 from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.layout import Fragment
 from spotspeed.core.manifest import Manifest, Ticket
-from spotspeed.core.saver_protocol import Abandon, Begin, Chunks, End, Need, NewObject
+from spotspeed.core.saver_fields import NewObject
+from spotspeed.core.saver_protocol import Abandon, Begin, Chunks, Cost, End, Need
 from spotspeed.core.tiers import Level
 from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.events import Bypassed, Kept, Sealed, Staged, Stalled, emit
@@ -73,6 +75,7 @@ class StagedSave:
         self.stored_completion: Future[None] = Future()
         self.upload_completion: Future[Manifest] = Future()
         self.manifest_bytes: bytes | None = None
+        self.costs: tuple[Cost, ...] = ()
         self._window: Window | None = window
         self._settings = settings
         self._began = time.monotonic()
@@ -192,6 +195,10 @@ class StagedSave:
         elapsed_s = time.monotonic() - self._began
         emit(Kept(self.ticket.directory, self.rank, size_bytes, elapsed_s))
 
+    def cost(self, cost: Cost) -> None:
+        """The saver says: this is what it took."""
+        self.costs = (*self.costs, cost)
+
     def bypassed(self, cause: str) -> None:
         """The saver says: straight to the store."""
         emit(Bypassed(self.ticket.directory, cause))
@@ -284,8 +291,8 @@ class StagedSave:
             self._number = number
             session.send(Begin(
                 number, self.ticket, self.rank, session.slot_bytes, len(layout.chunks),
-                layout.raw_bytes, self._settings.compression or "", tuple(self._fragments),
-                new, self._frozen.referred,
+                layout.raw_bytes, self._settings.orders.compression, tuple(self._fragments),
+                new, self._frozen.referred, self._settings.orders.is_direct,
             ))  # fmt: skip
             with self._lock:
                 self._session, self._layout = session, layout
@@ -373,7 +380,7 @@ class CopySettings:
     help: Callable[[StagedSave, float | None], None]
     lazy: CopyEngine
     urgent: CopyEngine
-    compression: str | None
+    orders: Orders
 
 
 def _is_fine(future: Future[Any]) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from spotspeed.config import SpotSpeedConfig
+from spotspeed.core.deadline import Orders
 from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.core.manifest import Ticket
@@ -95,14 +96,16 @@ class Stager:
         blobs: Mapping[TensorKey, bytes],
         *,
         frozen: Sequence[tuple[Fragment, torch.Tensor]] = (),
+        orders: Orders | None = None,
     ) -> StagedSave:
         """Begin to copy a save; returns before the bytes are copied.
 
         `pieces` are fragments with 1-D contiguous tensors of exactly their elements, `blobs`
-        become one-dimensional uint8 tensors. `frozen` are pieces that nothing trains: they are
-        read now, and copied only when the last save did not hold the same. The tensors may not
-        change until `StagedSave.wait_staged`. Raises CaptureError for a tensor that is not its
-        fragment; all other failures come out of the futures.
+        become one-dimensional uint8 tensors; without `orders` the config says how they are stored.
+        `frozen` are pieces that nothing trains: they are read now, and copied only when the last
+        save did not hold the same. The tensors may not change until `StagedSave.wait_staged`.
+        Raises CaptureError for a tensor that is not its fragment; all other failures come out of
+        the futures.
         """
         share = plan_share(frozen, self._known_objects())
         if share.is_small:
@@ -116,7 +119,7 @@ class Stager:
             window=Window(*everything, self._config.staging.check, seed=seed),
             settings=CopySettings(
                 self._open_session, lambda: next(self._numbers), self._help,
-                self._lazy, self._urgent, self._config.compression,
+                self._lazy, self._urgent, orders or Orders(self._config.compression or ""),
             ),
         )  # fmt: skip
         self._share_bytes = max(self._share_bytes, save.size_bytes)

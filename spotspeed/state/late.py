@@ -111,11 +111,11 @@ class LateState:
                 record.late = late
                 self._changed.notify_all()
 
-    def hurry(self) -> None:
-        """A notice has come: whoever waits for the end of a step gives up soon."""
+    def hurry(self, grace_s: float = GRACE_S) -> None:
+        """A notice has come: whoever waits for the end of a step gives up after `grace_s`."""
         with self._changed:
             if self._gives_up_at is None:
-                self._gives_up_at = time.monotonic() + GRACE_S
+                self._gives_up_at = time.monotonic() + grace_s
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from spotspeed.core.saver_protocol import (
     Begin,
     Bypassed,
     Chunks,
+    Cost,
     Decoder,
     Drain,
     Drained,
@@ -53,13 +54,13 @@ FRAGMENTS = (
 )
 MESSAGES: list[Message] = [
     Hello(3, 4711, 1 << 30, 1 << 22),
-    Begin(1, TICKET, 3, 1 << 20, 7, 7 << 20, "zstd", FRAGMENTS),
+    Begin(1, TICKET, 3, 1 << 20, 7, 7 << 20, "zstd", FRAGMENTS, is_direct=True),
     Chunks(1, 5, (0, 9, 3)), End(1), Abandon(1, "held too long"), Need(4), Drain(2**53),
     Renew(2, 5.0), Notify(119.5, "ec2"), Welcome(4712, 1 << 30, 1 << 22),
     Refused("memory", "none left"), Freed((9,)), UseTier("/mnt/nvme"), Kept(1, 9),
     Bypassed(1, "full"), Stored(1), Sealed(1, b'{"body":{}}\n'),
     Failed(1, "disk full"), Progress(2, 1 << 40), Drained(("a",), (), ("b", "c")),
-    Noticed(30.0, "file"),
+    Noticed(30.0, "file"), Cost(1, True, 9, 8, 0.5, 0.25),
 ]  # fmt: skip
 
 
@@ -90,8 +91,9 @@ def test_a_hostile_payload_is_a_format_error(payload: bytes) -> None:
 
 @pytest.mark.parametrize("payload", [
     [99], [1], [1, 0, 1, 2], [1, 0, "x", 0, 0], [1, 0, True, 0, 0], [1, -1, 1, 0, 0],
-    [3, 1, 0, [1, -2]], [3, 1, 0, "ab"], [37, 1, "text"], [2, 1, {"epoch": 1}, 0, 1, 1, 1, "", []],
-    [2, 1, None, 0, 1, 1, 1, "", []], {"a": 1}, [],
+    [3, 1, 0, [1, -2]], [3, 1, 0, "ab"], [37, 1, "text"],
+    [2, 1, {"epoch": 1}, 0, 1, 1, 1, "", [], [], [], 0],
+    [2, 1, None, 0, 1, 1, 1, "", [], [], [], False], [44, 1, 0, 9, 8, 0.5, 0.25], {"a": 1}, [],
 ])  # fmt: skip
 def test_a_malformed_message_is_refused(payload: object) -> None:
     with pytest.raises(FormatError):
