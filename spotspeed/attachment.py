@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from spotspeed.checkpoint.session import absolute
 from spotspeed.checkpointer import Checkpointer
 from spotspeed.config import SpotSpeedConfig
+from spotspeed.coordinator.notice.workplace import path_hint, settle
 from spotspeed.errors import ConfigError, SpotSpeedError
 from spotspeed.exit import watch_refusals
 from spotspeed.rehearsal import VARIABLE, rehearsal_here
@@ -43,7 +45,8 @@ def attach(
     every rank.
     """
     watch_refusals()
-    return _tie(engine, require_block(engine), loader, state=state)
+    block = require_block(engine, path_hint=path_hint(os.environ))
+    return _tie(engine, block, loader, state=state)
 
 
 def attach_next(engine: Engine) -> Checkpointer:
@@ -53,7 +56,7 @@ def attach_next(engine: Engine) -> Checkpointer:
     `engine-2` below it, and so on, in the order in which the script makes them.
     """
     watch_refusals()
-    config = require_block(engine)
+    config = require_block(engine, path_hint=path_hint(os.environ))
     path = absolute(config.path)
     number = _tied[path] + 1
     if number > 1:
@@ -72,7 +75,7 @@ def _tie(engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
             f"script that trains one engine"
         )
     _rehearsed.extend(() if rehearsal is None else (config.path,))
-    block = config if rehearsal is None else redirected(rehearsal, config)
+    block = settle(config if rehearsal is None else redirected(rehearsal, config), os.environ)
     try:
         checkpointer = Checkpointer(engine, block, loader, state=state)
         if rehearsal is not None:

@@ -142,8 +142,11 @@ class SpotSpeedConfig(_Section):
         return value
 
 
-def parse_block(block: object) -> SpotSpeedConfig:
-    """The validated block; raises ConfigError naming every key that is wrong."""
+def parse_block(block: object, *, path_hint: str = "") -> SpotSpeedConfig:
+    """The validated block; raises ConfigError naming every key that is wrong.
+
+    `path_hint` is added where `path` is missing.
+    """
     if not isinstance(block, Mapping):
         raise ConfigError(
             f'"{BLOCK}" must be an object with at least "path", found {block!r}: write '
@@ -152,7 +155,7 @@ def parse_block(block: object) -> SpotSpeedConfig:
     try:
         config = SpotSpeedConfig.model_validate(dict(block))
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
+        lines = [_explain(detail, path_hint) for detail in error.errors()]
         raise ConfigError(f'the "{BLOCK}" block is not usable:\n  ' + "\n  ".join(lines)) from None
     lines = _not_built(config)
     if lines:
@@ -160,9 +163,9 @@ def parse_block(block: object) -> SpotSpeedConfig:
     return config
 
 
-def find_block(config: Mapping[str, Any]) -> SpotSpeedConfig | None:
+def find_block(config: Mapping[str, Any], *, path_hint: str = "") -> SpotSpeedConfig | None:
     """The block of a whole DeepSpeed config, or None when it has none."""
-    return parse_block(config[BLOCK]) if BLOCK in config else None
+    return parse_block(config[BLOCK], path_hint=path_hint) if BLOCK in config else None
 
 
 def near_misses(config: Mapping[str, Any]) -> list[str]:
@@ -183,7 +186,7 @@ def _not_built(config: SpotSpeedConfig) -> list[str]:
             for key, is_asked in asked.items() if is_asked]  # fmt: skip
 
 
-def _explain(detail: Any) -> str:
+def _explain(detail: Any, path_hint: str) -> str:
     where = ".".join(str(part) for part in detail["loc"]) or BLOCK
     if detail["type"] == "extra_forbidden":
         known = _keys_at(detail["loc"][:-1])
@@ -191,7 +194,8 @@ def _explain(detail: Any) -> str:
         hint = f'did you mean "{close[0]}"?' if close else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
     if detail["type"] == "missing":
-        return f"{where}: required, and missing; a directory all ranks see or an fsspec URL"
+        advice = f"a directory all ranks see or an fsspec URL{path_hint}"
+        return f"{where}: required, and missing; {advice}"
     return f"{where}: {detail['msg']}; found {detail['input']!r}"
 
 

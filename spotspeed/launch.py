@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from types import FrameType
 from typing import Any
 
 from spotspeed import children
 from spotspeed.attachment import attach_next
+from spotspeed.coordinator.notice.workplace import path_hint
 from spotspeed.errors import UnsupportedLayoutError
 from spotspeed.integrations import deepspeed_consolidate, deepspeed_universal, huggingface
 from spotspeed.state import boundary
@@ -44,7 +46,7 @@ def install() -> None:
 
 
 def _attach_new(engine: Any) -> None:
-    block = block_of(engine)
+    block = block_of(engine, path_hint=path_hint(os.environ))
     if block is None or engine.optimizer is None:
         return
     try:

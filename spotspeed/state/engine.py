@@ -14,18 +14,21 @@ Engine = Any
 """A deepspeed.DeepSpeedEngine; DeepSpeed ships no types, and only this room may name it."""
 
 
-def block_of(engine: Any) -> SpotSpeedConfig | None:
-    """The engine's validated "spotspeed" block, or None; warns of a misspelt one."""
+def block_of(engine: Any, *, path_hint: str = "") -> SpotSpeedConfig | None:
+    """The engine's validated "spotspeed" block, or None; warns of a misspelt one.
+
+    `path_hint` joins the error of a block without `path`.
+    """
     parameters = engine._config._param_dict
     if BLOCK not in parameters:
         for name in near_misses(parameters):
             _logger.warning('the DeepSpeed config has a block "%s": is "%s" meant?', name, BLOCK)
-    return find_block(parameters)
+    return find_block(parameters, path_hint=path_hint)
 
 
-def require_block(engine: Any) -> SpotSpeedConfig:
+def require_block(engine: Any, *, path_hint: str = "") -> SpotSpeedConfig:
     """The engine's block; raises ConfigError with what to write when there is none."""
-    found = block_of(engine)
+    found = block_of(engine, path_hint=path_hint)
     if found is None:
         raise ConfigError(
             f'the DeepSpeed config has no "{BLOCK}" block: add "{BLOCK}": '

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from spotspeed.config import NoticeConfig
 from spotspeed.coordinator.notice.azure import azure_source
 from spotspeed.coordinator.notice.contract import Notice, NoticeListener, NoticeSource
-from spotspeed.coordinator.notice.detect import find_platform
+from spotspeed.coordinator.notice.detect import tell_platform
 from spotspeed.coordinator.notice.ec2 import ec2_source
 from spotspeed.coordinator.notice.file import file_source
 from spotspeed.coordinator.notice.gce import gce_source
@@ -31,10 +31,13 @@ def configured_sources(
     sources: list[NoticeSource] = []
     if config.file is not None:
         sources.append(file_source(config.file))
-    cloud = config.cloud or find_platform(environ)
+    cloud: str | None = config.cloud
+    why = "the block"
+    if cloud is None:
+        cloud, why = tell_platform(environ)
     _logger.info(
-        "notices: signals %s, file %s, cloud %s%s", ", ".join(config.signals) or "none",
-        config.file or "none", cloud or "none", "" if config.cloud else " (found)",
+        "notices: signals %s, file %s, cloud %s (%s)", ", ".join(config.signals) or "none",
+        config.file or "none", cloud or "none", why,
     )  # fmt: skip
     if cloud == "ec2":
         sources.append(ec2_source(environ))

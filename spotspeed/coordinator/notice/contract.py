@@ -20,6 +20,22 @@ class Notice:
     stop: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """The scheduler or the managed service that runs this job, and ends it.
+
+    `grace_s` are the seconds from its signal to SIGKILL, as far as it is known; `signals` are what
+    it sends; `path_hint` says where checkpoints go there, for an error without a path.
+    """
+
+    name: str
+    why: str
+    """What it was found by."""
+    grace_s: float | None = None
+    signals: tuple[str, ...] = ("SIGTERM",)
+    path_hint: str = ""
+
+
 class NoticeListener(Protocol):
     """Receives notices on the source's own thread; must return quickly and not raise."""
 
