@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spotspeed.checkpoint.queue import SaveHandle
     from spotspeed.checkpoint.restore import Restored
     from spotspeed.checkpointer import Checkpointer
+    from spotspeed.core.sample_order import GlobalSampler
     from spotspeed.errors import SpotSpeedError
     from spotspeed.launch import install
     from spotspeed.state.workers import worker_init_fn
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointInfo": "spotspeed.checkpoint.catalog",
     "Checkpointer": "spotspeed.checkpointer",
+    "GlobalSampler": "spotspeed.core.sample_order",
     "OpenedCheckpoint": "spotspeed.checkpoint.opened",
     "Restored": "spotspeed.checkpoint.restore",
     "SaveHandle": "spotspeed.checkpoint.queue",
@@ -45,6 +47,7 @@ _HOMES = {
 __all__ = [
     "CheckpointInfo",
     "Checkpointer",
+    "GlobalSampler",
     "OpenedCheckpoint",
     "Restored",
     "SaveHandle",

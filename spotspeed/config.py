@@ -88,7 +88,7 @@ class CoordinatorConfig(_Section):
     """How the ranks agree."""
 
     transport: Literal["mpi"] | None = None
-    """null: own sockets, found through MPI or the job's store."""
+    """null: own sockets, found through MPI or the job's store; "mpi": MPI's own messages."""
     peer_timeout_s: PositiveFloat = 15.0
     """A rank that is silent for so long is lost."""
 
@@ -97,6 +97,7 @@ class ElasticConfig(_Section):
     """What to do when the global batch does not divide by the number of ranks."""
 
     indivisible: Literal["refuse", "fewer_ranks", "micro_batch"] = "refuse"
+    """micro_batch: take smaller micro batches; fewer_ranks: `supervise` starts it on fewer."""
 
 
 class MetricsConfig(_Section):
@@ -178,8 +179,6 @@ def _not_built(config: SpotSpeedConfig) -> list[str]:
     """Settings that are part of the block and that this version cannot honour."""
     asked = {
         "interval.adaptive": config.interval.adaptive,
-        "coordinator.transport": config.coordinator.transport is not None,
-        "elastic.indivisible": config.elastic.indivisible != "refuse",
         "metrics.port": config.metrics.port is not None,
     }
     return [f"{key}: this version has only the default; leave the key out or null"

@@ -126,6 +126,23 @@ class Batch:
         """Whether DeepSpeed can derive whole accumulation steps for so many ranks."""
         return ranks > 0 and self.train % (self.micro * ranks) == 0
 
+    def __str__(self) -> str:
+        return f"a batch of {self.train} in micro batches of {self.micro}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fits:
+    """The numbers of ranks that the job itself named when it could not run on others."""
+
+    ranks: frozenset[int]
+
+    def fits(self, ranks: int) -> bool:
+        """Whether the job named this number."""
+        return ranks in self.ranks
+
+    def __str__(self) -> str:
+        return "the job's batch"
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -135,12 +152,13 @@ class Choice:
     reason: str
 
 
-def choose_ranks(slots: int, batch: Batch | None, *, min_ranks: int = 1) -> Choice:
+def choose_ranks(slots: int, batch: Batch | Fits | None, *, min_ranks: int = 1) -> Choice:
     """The largest number of ranks for so many slots that keeps the global batch as it is."""
     fitting = [n for n in range(1, slots + 1) if batch is None or batch.fits(n)]
     if not fitting:
-        why = f"a batch of {batch.train} in micro batches of {batch.micro}" if batch else "nothing"
-        return Choice(0, f"{slots} slots are left, and {why} fits none of 1..{slots} ranks")
+        return Choice(
+            0, f"{slots} slots are left, and {batch or 'nothing'} fits none of 1..{slots} ranks"
+        )
     ranks = fitting[-1]
     if ranks < min_ranks:
         return Choice(0, f"{slots} slots give {ranks} ranks; at least {min_ranks} are wanted")

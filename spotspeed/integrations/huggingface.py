@@ -20,6 +20,7 @@ from typing import Any
 from spotspeed.checkpointer import Checkpointer
 from spotspeed.config import find_block
 from spotspeed.core import plain
+from spotspeed.integrations.huggingface_batch import keep_global_batch
 from spotspeed.integrations.huggingface_files import NAME, prepare
 from spotspeed.state import boundary
 from spotspeed.state.imports import after_import
@@ -46,6 +47,7 @@ def _wrap_arguments(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
+        keep_global_batch(self)
         original(self)
         config = getattr(getattr(self, "hf_deepspeed_config", None), "config", None)
         block = None if config is None else find_block(config)

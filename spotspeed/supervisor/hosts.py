@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from spotspeed.config import find_block
 from spotspeed.core.relaunch import Batch
 from spotspeed.errors import ConfigError
 
@@ -70,7 +71,10 @@ def answers_ssh(name: str, port: int = SSH_PORT) -> bool:
 
 
 def read_batch(path: str) -> Batch | None:
-    """Global and micro batch of a DeepSpeed config; None when it does not name both."""
+    """Global and micro batch of a DeepSpeed config; None when it does not name both.
+
+    The micro batch is 1 where `elastic.indivisible` lets the job take smaller ones.
+    """
     try:
         config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -79,4 +83,6 @@ def read_batch(path: str) -> Batch | None:
     micro = config.get("train_micro_batch_size_per_gpu")
     if not (isinstance(train, int) and isinstance(micro, int)):
         return None
-    return Batch(train, micro)
+    block = find_block(config)
+    is_free = block is not None and block.elastic.indivisible == "micro_batch"
+    return Batch(train, 1 if is_free else micro)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from spotspeed.checkpoint.catalog import list_sealed
 from spotspeed.core.manifest import MAX_STEP
-from spotspeed.core.relaunch import Policy, Verdict, choose_ranks, decide, judge
+from spotspeed.core.relaunch import Fits, Policy, Verdict, choose_ranks, decide, judge
 from spotspeed.errors import ConfigError, SpotSpeedError
 from spotspeed.staging.client import find_saver
 from spotspeed.storage import open_storage
@@ -58,13 +58,21 @@ def supervise(plan: Plan, say: Callable[[str], None]) -> int:
     cannot be started, and when no number of ranks fits what is left.
     """
     past_s: list[float] = []
+    fits: Fits | None = None
     with (
         tempfile.TemporaryDirectory(prefix="spotspeed-supervise-") as folder,
         Ears(watch_host=plan.watch_host) as ears,
     ):
         while True:
-            place = _place(plan, folder, is_first=not past_s, say=say)
-            verdict = _launch_once(plan, place, Path(folder) / f"launch-{len(past_s)}", ears, say)
+            place = _place(plan, folder, fits, is_first=not past_s, say=say)
+            verdict, told = _launch_once(
+                plan, place, Path(folder) / f"launch-{len(past_s)}", ears, say
+            )
+            if _runs_on_fewer(plan, place, told, fits) and ears.heard is None:
+                fits = Fits(told.fits)
+                say(f"the job does not run on {place.ranks} ranks; starting again on fewer")
+                past_s.append(time.monotonic())
+                continue
             decision = decide(verdict, plan.policy, past_s=past_s, now_s=time.monotonic(),
                               is_doomed=ears.heard is not None)  # fmt: skip
             if not (plan.relaunch and decision.relaunch):
@@ -77,7 +85,16 @@ def supervise(plan: Plan, say: Callable[[str], None]) -> int:
             past_s.append(time.monotonic())
 
 
-def _place(plan: Plan, folder: str, *, is_first: bool, say: Callable[[str], None]) -> Place:
+def _runs_on_fewer(plan: Plan, place: Place, told: Told, before: Fits | None) -> bool:
+    """Whether the job has named a smaller number of ranks, and can be started on that; once."""
+    is_free = place.ranks is not None and any("{ranks}" in word for word in plan.command)
+    fewer = [ranks for ranks in told.fits if is_free and ranks < (place.ranks or 0)]
+    return plan.relaunch and before is None and bool(fewer)
+
+
+def _place(
+    plan: Plan, folder: str, fits: Fits | None, *, is_first: bool, say: Callable[[str], None]
+) -> Place:
     """Where the next launch runs: the hosts that answer, the ranks that fit, a new port."""
     port = None
     if not is_first or any("{port}" in word for word in plan.command):
@@ -91,7 +108,7 @@ def _place(plan: Plan, folder: str, *, is_first: bool, say: Callable[[str], None
     if slots is None:
         return Place(port=port)
     batch = read_batch(plan.ds_config) if plan.ds_config is not None else None
-    choice = choose_ranks(slots, batch, min_ranks=plan.min_ranks)
+    choice = choose_ranks(slots, fits or batch, min_ranks=plan.min_ranks)
     if choice.ranks == 0:
         raise ConfigError(choice.reason)
     say(f"{choice.ranks} ranks: {choice.reason}")
@@ -100,8 +117,8 @@ def _place(plan: Plan, folder: str, *, is_first: bool, say: Callable[[str], None
 
 def _launch_once(
     plan: Plan, place: Place, record: Path, ears: Ears, say: Callable[[str], None]
-) -> Verdict:
-    """Start, watch to the end, wait for the saver, and judge."""
+) -> tuple[Verdict, Told]:
+    """Start, watch to the end, wait for the saver, and judge; also what the ranks have said."""
     record.touch(mode=0o600)
     mark = str(record)
     environ = {**os.environ, VARIABLE: mark}
@@ -111,7 +128,7 @@ def _launch_once(
     code = Watch(launch, plan.command, mark, ears=ears, deadline_s=plan.deadline_s, say=say).run()
     told = Told.read(mark)
     sealed = [await_durable(path, epoch, say) for path, epoch in told.epochs.items()]
-    return judge(told.traces(code, is_notice_sealed=bool(sealed) and all(sealed)))
+    return judge(told.traces(code, is_notice_sealed=bool(sealed) and all(sealed))), told
 
 
 def await_durable(path: str, epoch: int, say: Callable[[str], None]) -> bool:

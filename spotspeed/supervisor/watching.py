@@ -35,6 +35,8 @@ class Told:
     closed: set[int] = field(default_factory=set)
     codes: dict[int, int] = field(default_factory=dict)
     """By process id."""
+    fits: frozenset[int] = frozenset()
+    """The numbers of ranks that the job could run on, where this launch's was none of them."""
 
     @classmethod
     def read(cls, mark: str) -> Told:
@@ -49,6 +51,8 @@ class Told:
                 told.closed.add(pid)
             elif "code" in facts:
                 told.codes[pid] = int(facts["code"])
+            elif "fits" in facts:
+                told.fits = frozenset(map(int, facts["fits"]))
         return told
 
     def traces(self, launcher_code: int, *, is_notice_sealed: bool) -> Traces:

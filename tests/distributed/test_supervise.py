@@ -11,7 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.job import Job, Launch, Launcher, by_deepspeed, by_mpirun, scripts
+from tests.distributed.job import (
+    Job,
+    Launch,
+    Launcher,
+    by_deepspeed,
+    by_mpirun,
+    ds_config,
+    scripts,
+)
 from tests.ranks import free_port
 
 pytestmark = pytest.mark.ranks
@@ -97,6 +105,25 @@ def test_a_host_that_lost_slots_gets_fewer_ranks_with_the_same_global_batch(
     steps = [record["step"] for record in launch.records()]
     assert sorted(set(worlds)) == [1, 3] and worlds == sorted(worlds, reverse=True)
     assert steps == list(range(1, 13)), "no step is lost or done twice"
+
+
+def test_a_job_that_runs_on_fewer_ranks_is_started_again_on_as_many_as_its_batch_fits(
+    tmp_path: Path,
+) -> None:
+    job = Job(tmp_path / "job", block={"elastic": {"indivisible": "fewer_ranks"}})
+    block = {"path": str(job.path), **job.block}
+
+    def launcher(ranks: int, port: int) -> list[str]:
+        words = supervised(by_mpirun, "--relaunch", "--ranks", "2")(ranks, port)
+        words[words.index("-n") + 1] = "{ranks}"
+        return words
+
+    with job.start(0, launcher=launcher, steps=2, config=ds_config(2, block, batch=9)) as launch:
+        finished = launch.finish()
+    assert finished.returncode == 0, finished.output[-6000:]
+    assert "Start it on 1 ranks: `spotspeed supervise" in finished.output
+    assert "does not run on 2 ranks; starting again on fewer" in finished.output
+    assert [record["ranks"] for record in launch.records()] == [1, 1]
 
 
 def test_a_refusal_is_not_started_again(tmp_path: Path) -> None:

@@ -29,15 +29,16 @@ def main() -> None:
     torch.manual_seed(1)
     model = torch.nn.Linear(2, 1)
     config = {
-        "train_batch_size": GLOBAL_BATCH, "train_micro_batch_size_per_gpu": 2,
+        "train_batch_size": GLOBAL_BATCH, "train_micro_batch_size_per_gpu": 3,
         "zero_optimization": {"stage": 2}, "steps_per_print": 10**9,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-        "spotspeed": {"path": PATH, "interval": {"seconds": None}},
+        "spotspeed": {"path": PATH, "interval": {"seconds": None},
+                      "elastic": {"indivisible": "micro_batch"}},
     }  # fmt: skip
     engine, _, _, _ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=config
     )
-    loader = DataLoader(Numbers(), batch_size=2, shuffle=True, num_workers=int(WORKERS))
+    loader = DataLoader(Numbers(), batch_size=3, shuffle=True, num_workers=int(WORKERS))
     checkpointer = spotspeed.attach(engine, loader=loader)
     checkpointer.restore()
     rank = distributed.get_rank()

@@ -62,8 +62,6 @@ def test_every_wrong_key_is_named_at_once() -> None:
     ("key", "block"),
     [
         ("interval.adaptive", {"interval": {"adaptive": True}}),
-        ("coordinator.transport", {"coordinator": {"transport": "mpi"}}),
-        ("elastic.indivisible", {"elastic": {"indivisible": "micro_batch"}}),
         ("metrics.port", {"metrics": {"port": 9000}}),
     ],
 )

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from spotspeed.state.batch import fitting_ranks
+from spotspeed.core.batch import Division
+from spotspeed.state.batch import fitting_ranks, smaller_micro_batch
 
 PROGRAM = """
 import json, sys
@@ -22,8 +23,8 @@ assert early or "torch" not in sys.modules
 if sys.argv[2] == "late":
     import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfig
-DeepSpeedConfig(config)
-print("accepted")
+parsed = DeepSpeedConfig(config)
+print("accepted", parsed.train_micro_batch_size_per_gpu, parsed.gradient_accumulation_steps)
 """
 BLOCK = {"path": "/nowhere"}
 
@@ -48,6 +49,37 @@ def test_the_numbers_of_ranks_that_fit_are_the_divisors(
     config: dict[str, Any], expected: list[int]
 ) -> None:
     assert fitting_ranks(config) == expected
+
+
+@pytest.mark.parametrize(("config", "ranks", "expected"), [
+    ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3}, 3, Division(2, 2)),
+    ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 8}, 4, Division(3, 1)),
+    ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3}, 5, None),
+    ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3}, 24, None),
+    ({"train_batch_size": 24, "gradient_accumulation_steps": 5}, 2, Division(2, 6)),
+    ({"train_batch_size": 14, "train_micro_batch_size_per_gpu": 4,
+      "gradient_accumulation_steps": 2}, 1, Division(2, 7)),
+])  # fmt: skip
+def test_a_smaller_micro_batch_keeps_the_product(
+    config: dict[str, Any], ranks: int, expected: Division | None
+) -> None:
+    assert smaller_micro_batch(config, ranks) == expected
+    if expected is not None:
+        assert expected.micro * expected.accumulation * ranks == config["train_batch_size"]
+
+
+def test_deepspeed_takes_the_smaller_micro_batch_where_the_block_says_so() -> None:
+    block = {**BLOCK, "elastic": {"indivisible": "micro_batch"}}
+    config = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 5, "spotspeed": block}
+    done = _parse(config, "late")
+    assert done.returncode == 0 and "accepted 4 3" in done.stdout, done.stderr
+    assert "each rank takes 3 of 4" in done.stderr
+
+
+def test_an_error_names_the_choice_that_the_block_has() -> None:
+    config = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 5, "spotspeed": BLOCK}
+    done = _parse(config, "late")
+    assert done.returncode == 77 and "No number of ranks fits" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("order", ["early", "late"])

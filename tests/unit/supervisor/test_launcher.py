@@ -95,5 +95,10 @@ def test_the_batch_is_that_of_the_config_or_none(tmp_path: Path) -> None:
     file = tmp_path / "c.json"
     file.write_text('{"train_batch_size": 6, "train_micro_batch_size_per_gpu": 2}')
     assert read_batch(str(file)) == Batch(6, 2)
+    file.write_text(
+        '{"train_batch_size": 6, "train_micro_batch_size_per_gpu": 4,'
+        ' "spotspeed": {"path": "/x", "elastic": {"indivisible": "micro_batch"}}}'
+    )
+    assert read_batch(str(file)) == Batch(6, 1), "smaller micro batches will do"
     file.write_text('{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 2}')
     assert read_batch(str(file)) is None
