@@ -91,13 +91,14 @@ cut::Wish to_wish(int wish) {
   return static_cast<cut::Wish>(wish);
 }
 
-std::unique_ptr<Thread> make_thread(Transport& transport, const std::array<double, 6>& timing,
+std::unique_ptr<Thread> make_thread(Transport& transport, const std::array<double, 7>& timing,
                                     double unix_offset_s, const py::tuple& signals,
                                     const std::array<double, 2>& grace, int durable_code) {
   Control::Setup setup;
   setup.machine.rank = transport.get().rank();
   setup.machine.world_size = transport.get().world_size();
-  setup.machine.timing = {timing[0], timing[1], timing[2], timing[3], timing[4], timing[5]};
+  setup.machine.timing = {timing[0], timing[1], timing[2], timing[3],
+                          timing[4], timing[5], timing[6]};
   setup.machine.unix_offset_s = unix_offset_s;
   setup.signals.read_fd = signals[0].cast<int>();
   setup.signals.forward_fd = signals[1].cast<int>();

@@ -32,8 +32,8 @@ py::list list_of(const cut::Actions& actions) {
   return found;
 }
 
-cut::Timing to_timing(const std::array<double, 6>& times) {
-  return {times[0], times[1], times[2], times[3], times[4], times[5]};
+cut::Timing to_timing(const std::array<double, 7>& times) {
+  return {times[0], times[1], times[2], times[3], times[4], times[5], times[6]};
 }
 
 // Everything that another twin must agree with after every event.
@@ -42,8 +42,8 @@ py::tuple observe(cut::Machine& machine) {
   const cut::Member& member = machine.member();
   py::list rounds;
   for (const auto& [round, held] : member.rounds()) {
-    rounds.append(py::make_tuple(round, static_cast<int>(held.phase), held.is_capturing,
-                                 held.is_settled, held.deadline));
+    rounds.append(py::make_tuple(round, static_cast<int>(held.phase), held.is_settled,
+                                 held.deadline));
   }
   const std::vector<std::int64_t> lost(machine.lost().begin(), machine.lost().end());
   return py::make_tuple(static_cast<int>(machine.state()), to_python(machine.missing()),
@@ -67,7 +67,7 @@ void bind_cut(py::module_& module) {
   });
   py::class_<Machine>(module, "CutMachine")
       .def(py::init([](std::int64_t rank, std::int64_t world_size, std::int64_t position,
-                       const std::array<double, 6>& timing, double unix_offset_s) {
+                       const std::array<double, 7>& timing, double unix_offset_s) {
              return std::make_unique<Machine>(
                  Machine::Setup{rank, world_size, position, to_timing(timing), unix_offset_s});
            }),

@@ -15,6 +15,8 @@ namespace {
 
 constexpr double kIdleS = 60;
 constexpr double kShortestGraceS = 0.2;
+// With a lost rank the main thread is in a dead collective, or will be.
+constexpr double kLossGraceS = 0.5;
 // A goodbye that Python has begun may ask a store what is there.
 constexpr double kGoodbyeS = 60;
 // What Python has not heard so long after the deadline of a stop it will not hear in time.
@@ -294,7 +296,7 @@ void Control::perform(cut::Action action) {
   if (const auto* departed = std::get_if<cut::Departed>(&action)) {
     const double now_s = monotonic_s();
     departed_ = *departed;
-    leave_at_ = now_s + setup_.grace_s;
+    leave_at_ = now_s + (machine_.lost().empty() ? setup_.grace_s : kLossGraceS);
     if (const auto deadline = machine_.member().deadline()) {
       leave_at_ = std::min(*leave_at_, std::max(now_s + kShortestGraceS, *deadline));
     }

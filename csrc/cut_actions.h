@@ -21,6 +21,7 @@ struct Timing {
   double settle_s = 15.0;
   double after_loss_s = 120.0;
   double linger_s = 1.0;
+  double stuck_s = 0.5;
 };
 
 struct Send {

@@ -112,6 +112,8 @@ void Leader::tick(Time now) {
       end(entry, std::nullopt, "the deadline has come", now);
     } else if (!entry.outcome && is_over(entry.capture_by, now)) {
       end(entry, std::nullopt, "the survivors did not reach one step", now);
+    } else if (!entry.outcome && is_over(entry.rest_by, now)) {
+      end(entry, std::nullopt, "a survivor is stuck in its update", now);
     }
     if (now >= entry.resend_at) resend(entry, now);
   }
@@ -122,7 +124,8 @@ OptionalTime Leader::wake() const {
   OptionalTime first;
   for (const Round& entry : rounds_) {
     first = sooner(first, entry.resend_at);
-    if (!entry.outcome) first = sooner(sooner(first, entry.deadline), entry.capture_by);
+    if (entry.outcome) continue;
+    first = sooner(sooner(sooner(first, entry.deadline), entry.capture_by), entry.rest_by);
   }
   return close_by ? sooner(first, resend_closed_at_) : first;
 }
@@ -210,7 +213,16 @@ void Leader::advance(Round& entry, Time now) {
     end(entry, std::move(digest), std::move(why), now);
   }
   if (is_captured(entry)) entry.capture_by.reset();
+  watch_rest(entry, now);
   begin_queued(now);
+}
+
+void Leader::watch_rest(Round& entry, Time now) {
+  if (!entry.capture_by || all_have(entry, Phase::kResting)) {
+    entry.rest_by.reset();
+  } else if (!entry.rest_by && is_decided(entry)) {
+    entry.rest_by = now + timing_.stuck_s;
+  }
 }
 
 std::pair<OptionalText, std::string> Leader::verdict(const Round& entry) const {

@@ -53,7 +53,7 @@ class Leader {
     OptionalTime deadline;
     Time resend_at = 0;
     std::optional<Cut> cut;
-    OptionalTime capture_by;
+    OptionalTime capture_by, rest_by;
     std::map<Rank, std::int64_t> started;
     // In the order of the first report of each.
     std::vector<std::pair<Rank, Report>> reports;
@@ -71,6 +71,8 @@ class Leader {
   void begin(bool stop, OptionalTime deadline, std::string source, Time now);
   void decide(Round& entry, std::int64_t step, Time now);
   void advance(Round& entry, Time now);
+  // After a loss, from when all know the step until all rest at it.
+  void watch_rest(Round& entry, Time now);
   std::pair<OptionalText, std::string> verdict(const Round& entry) const;
   void end(Round& entry, OptionalText digest, std::string why, Time now);
   void finish_if_known(Round& entry, Time now);

@@ -67,10 +67,12 @@ void Member::decide(const Decide& message, Time now) {
 
 void Member::look(Time now) {
   for (auto& [round, held] : rounds_) {
-    if (held.phase != Phase::kDecided || held.is_capturing || held.is_settled) continue;
+    if (held.phase != Phase::kDecided || held.is_settled) continue;
     if (gate_.rests_at(held.cut.step)) {
-      held.is_capturing = true;
+      held.phase = Phase::kResting;
       actions_.push_back(Capture{cut_at(held, now)});
+      // Only after a loss does the leader ask who is stuck.
+      if (is_fenced_) answer(round);
     }
   }
 }
@@ -171,7 +173,7 @@ std::vector<std::int64_t> Member::holding() const {
   for (const auto& [round, held] : rounds_) {
     if (held.is_settled) continue;
     if (held.cut.stop) return {};
-    if (held.phase == Phase::kDecided) found.push_back(round);
+    if (held.phase < Phase::kCaptured) found.push_back(round);
   }
   return found;
 }

@@ -20,7 +20,6 @@ struct Held {
   Phase phase = Phase::kDecided;
   OptionalText digest;
   std::string why;
-  bool is_capturing = false;
   bool is_settled = false;
 
   RoundView view() const { return {cut, is_settled ? Phase::kKnown : phase, digest, why}; }

@@ -108,7 +108,7 @@ void get_enum(Reader& from, Enum& value, std::int64_t first, std::int64_t last) 
   if (number < first || number > last) throw Malformed(std::to_string(number) + " has no meaning");
   value = static_cast<Enum>(number);
 }
-void get(Reader& from, Phase& value) { get_enum(from, value, 0, 6); }
+void get(Reader& from, Phase& value) { get_enum(from, value, 0, 7); }
 void get(Reader& from, Wish& value) { get_enum(from, value, 1, 3); }
 
 template <typename T>

@@ -40,7 +40,7 @@ enum class Wish : std::int64_t { kSnap = 1, kStop = 2, kClose = 3 };
 
 // How far one rank is in one round; only ever grows.
 enum class Phase : std::int64_t {
-  kNone = 0, kLocked, kDecided, kCaptured, kDurable, kFailed, kKnown
+  kNone = 0, kLocked, kDecided, kResting, kCaptured, kDurable, kFailed, kKnown
 };
 
 // One leadership. A later one silences all earlier ones.

@@ -95,7 +95,7 @@ class CutMachine:
 
     def __init__(
         self, rank: int, world_size: int, *, position: int = 0,
-        timing: tuple[float, float, float, float, float, float], unix_offset_s: float = 0.0,
+        timing: tuple[float, float, float, float, float, float, float], unix_offset_s: float = 0.0,
     ) -> None: ...  # fmt: skip
     def notice(
         self, wish: int, seconds_left: float | None, source: str, now: float, /
@@ -134,7 +134,7 @@ class ControlThread:
 
     def __init__(
         self, transport: SocketTransport,
-        timing: tuple[float, float, float, float, float, float], unix_offset_s: float,
+        timing: tuple[float, float, float, float, float, float, float], unix_offset_s: float,
         signals: tuple[int, int, dict[int, str], float], grace: tuple[float, float],
         durable_code: int,
     ) -> None: ...  # fmt: skip

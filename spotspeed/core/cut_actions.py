@@ -23,6 +23,9 @@ class Timing:
     """After a loss, survivors wait no longer than this for their last save to be sealed."""
     linger_s: float = 1.0
     """How long a closing leader waits for the last acknowledgements."""
+    stuck_s: float = 0.5
+    """After a loss, a survivor that is still inside an update, or before it, so long after all know
+    the step, waits in a collective for the lost rank: the step is given up."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ class Round:
     resend_at: float
     cut: Cut | None = None
     capture_by: float | None = None
+    rest_by: float | None = None
     started: dict[int, int] = field(default_factory=dict)
     reports: dict[int, Report] = field(default_factory=dict)
     outcome: Outcome | None = None
@@ -127,6 +128,8 @@ class Leader:
                 self._end(entry, None, "the deadline has come", now)
             elif entry.outcome is None and _is_over(entry.capture_by, now):
                 self._end(entry, None, "the survivors did not reach one step", now)
+            elif entry.outcome is None and _is_over(entry.rest_by, now):
+                self._end(entry, None, "a survivor is stuck in its update", now)
             if now >= entry.resend_at:
                 self._resend(entry, now)
         if self.close_by is not None and now >= self._resend_closed_at:
@@ -136,7 +139,8 @@ class Leader:
         """When `tick` has something to do."""
         times = [entry.resend_at for entry in self.rounds.values()]
         for entry in self.open_rounds():
-            times += [end for end in (entry.deadline, entry.capture_by) if end is not None]
+            ends = (entry.deadline, entry.capture_by, entry.rest_by)
+            times += [end for end in ends if end is not None]
         if self.close_by is not None:
             times.append(self._resend_closed_at)
         return min(times, default=None)
@@ -202,7 +206,15 @@ class Leader:
             self._end(entry, *self._verdict(entry), now)
         if self._is_captured(entry):
             entry.capture_by = None
+        self._watch_rest(entry, now)
         self._begin_queued(now)
+
+    def _watch_rest(self, entry: Round, now: float) -> None:
+        """After a loss, from when all know the step until all rest at it."""
+        if entry.capture_by is None or self._has_everywhere(entry, Phase.RESTING):
+            entry.rest_by = None
+        elif entry.rest_by is None and self._is_decided(entry):
+            entry.rest_by = now + self.timing.stuck_s
 
     def _verdict(self, entry: Round) -> tuple[str | None, str]:
         digests = {report.digest for report in entry.reports.values()} - {None}
@@ -264,10 +276,13 @@ class Leader:
 
     def _is_decided(self, entry: Round) -> bool:
         """Whether every rank knows the step, so that another round may lock."""
-        return all(entry.phase(rank) >= Phase.DECIDED for rank in self.members)
+        return self._has_everywhere(entry, Phase.DECIDED)
 
     def _is_captured(self, entry: Round) -> bool:
-        return all(entry.phase(rank) >= Phase.CAPTURED for rank in self.members)
+        return self._has_everywhere(entry, Phase.CAPTURED)
+
+    def _has_everywhere(self, entry: Round, phase: Phase) -> bool:
+        return all(entry.phase(rank) >= phase for rank in self.members)
 
 
 def _attempt(number: int, term: Term) -> str:

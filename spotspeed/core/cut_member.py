@@ -32,7 +32,6 @@ class Held:
     phase: Phase = Phase.DECIDED
     digest: str | None = None
     why: str = ""
-    is_capturing: bool = False
     is_settled: bool = False
 
     def view(self) -> RoundView:
@@ -104,11 +103,14 @@ class Member:
     def look(self, now: float) -> None:
         """Capture what can be captured now; to be called whenever an update has completed."""
         for held in self.rounds.values():
-            if held.phase is not Phase.DECIDED or held.is_capturing or held.is_settled:
+            if held.phase is not Phase.DECIDED or held.is_settled:
                 continue
             if self.gate.rests_at(held.cut.step):
-                held.is_capturing = True
+                held.phase = Phase.RESTING
                 self._actions.append(Capture(_at(held, now)))
+                if self.is_fenced:
+                    # Only after a loss does the leader ask who is stuck.
+                    self._answer(held.cut.round)
 
     def staged(self, number: int) -> None:
         """The state of that round is out of the training's memory."""
@@ -203,7 +205,7 @@ class Member:
         open_rounds = [held for held in self.rounds.values() if not held.is_settled]
         if any(held.cut.stop for held in open_rounds):
             return []
-        return [held for held in open_rounds if held.phase is Phase.DECIDED]
+        return [held for held in open_rounds if held.phase < Phase.CAPTURED]
 
     def _hold_due(self) -> float | None:
         if self.waiting_since is None:

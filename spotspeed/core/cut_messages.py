@@ -35,10 +35,11 @@ class Phase(IntEnum):
     NONE = 0
     LOCKED = 1
     DECIDED = 2
-    CAPTURED = 3
-    DURABLE = 4
-    FAILED = 5
-    KNOWN = 6
+    RESTING = 3
+    CAPTURED = 4
+    DURABLE = 5
+    FAILED = 6
+    KNOWN = 7
 
 
 @dataclass(frozen=True, slots=True, order=True)

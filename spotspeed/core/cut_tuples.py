@@ -48,9 +48,9 @@ def _action_of(name: str, *fields: Any) -> Action:
     return plain
 
 
-def timing_tuple(timing: Timing) -> tuple[float, float, float, float, float, float]:
+def timing_tuple(timing: Timing) -> tuple[float, float, float, float, float, float, float]:
     """The intervals in the order in which the native machine takes them."""
     return (
         timing.resend_s, timing.poll_s, timing.max_hold_s, timing.settle_s, timing.after_loss_s,
-        timing.linger_s,
+        timing.linger_s, timing.stuck_s,
     )  # fmt: skip

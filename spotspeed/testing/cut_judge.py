@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from spotspeed.testing.cut_simulator import Rank
 
 
+SHORT_DELAY_S = 0.005
+"""Messages that take so long at most do not decide how long survivors wait."""
+LET_GO_S = 1.0
+"""What finding the loss, agreeing after it and telling the outcome may take then."""
+
+
 class Violation(Exception):
     """An invariant does not hold."""
 
@@ -25,6 +31,7 @@ class Judge:
         self.scenario = scenario
         self.ranks = ranks
         self.has_loss = False
+        self.broke_at: float | None = None
         self.seals: dict[str, int] = {}
         self._stops: dict[Term, int] = {}
         self._cuts: dict[str, Cut] = {}
@@ -91,8 +98,9 @@ class Judge:
             if known != digest:
                 raise Violation(f"two outcomes of {cut}: {known} and {digest}")
 
-    def departed(self, rank: Rank, action: Departed) -> None:
+    def departed(self, rank: Rank, action: Departed, now: float) -> None:
         self._departures[rank.number] = action
+        self._let_go_in_time(rank, now)
         machine = rank.machine
         known = [key for key, digest in self._outcomes.items() if digest is not None
                  and key[0] == rank.number and self._cuts[key[1]].stop]  # fmt: skip
@@ -117,6 +125,15 @@ class Judge:
                 raise Violation(f"rank {rank.number} left before rank {other.number} knew")
             if action.round and held is None and action.digest is not None:
                 raise Violation(f"rank {rank.number} left, rank {other.number} has no {action}")
+
+    def _let_go_in_time(self, rank: Rank, now: float) -> None:
+        """A survivor inside an update that a dead rank never ends is not kept there for long."""
+        scenario, gate = self.scenario, rank.machine.gate
+        if self.broke_at is None or scenario.spike or scenario.delay_s > SHORT_DELAY_S:
+            return
+        waited_s = now - self.broke_at
+        if gate.started > gate.completed and waited_s > scenario.timing.stuck_s + LET_GO_S:
+            raise Violation(f"rank {rank.number} was stuck for {waited_s:.1f} s after the crash")
 
     def closed(self, rank: Rank) -> None:
         for other in self.ranks:

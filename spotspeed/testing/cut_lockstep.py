@@ -147,7 +147,7 @@ def observe(machine: CutMachine) -> tuple[Any, ...]:
     """Everything in which the twins must agree after every event; see csrc/bindings_cut.cpp."""
     gate, member = machine.gate, machine.member
     rounds = [
-        (number, int(held.phase), held.is_capturing, held.is_settled, held.deadline)
+        (number, int(held.phase), held.is_settled, held.deadline)
         for number, held in member.rounds.items()
     ]
     return (
@@ -158,4 +158,4 @@ def observe(machine: CutMachine) -> tuple[Any, ...]:
 
 
 _STATES = {State.RUNNING: 1, State.CLOSED: 2, State.LEFT: 3}
-assert set(Phase) == set(map(Phase, range(7)))
+assert set(Phase) == set(map(Phase, range(8)))

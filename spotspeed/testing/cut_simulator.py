@@ -162,6 +162,7 @@ class World:
         kind = self.scenario.kind
         if kind == "crash":
             rank = self.ranks[fault.ranks[0]]
+            self.judge.broke_at = self.now
             if fault.takes_saver:
                 rank.saver_dies_at = self.now
                 rank.mail_lost_from = self.now + self._delay()
@@ -262,7 +263,7 @@ class World:
                     rank.copying.pop(action.cut.round, None)
                 self.act(rank, rank.machine.delivered(action.cut.round, self.now))
             elif isinstance(action, Departed):
-                self.judge.departed(rank, action)
+                self.judge.departed(rank, action, self.now)
                 ready = rank.waits_at is not None or rank.is_closing
                 self.after(0.001 if ready else GRACE_S, self._exit, rank)
             elif isinstance(action, AllClosed):

@@ -15,7 +15,12 @@ import pytest
 from spotspeed.testing.cut_lockstep import Lockstep
 from spotspeed.testing.cut_scenario import Fault, Scenario, draw
 from spotspeed.testing.cut_simulator import World, run, soak
-from tests.property.wrong_rules import WRONG_RULES, Patch, listening_to_the_lost
+from tests.property.wrong_rules import (
+    WRONG_RULES,
+    Patch,
+    listening_to_the_lost,
+    wait_for_the_stuck,
+)
 
 SCHEDULES = int(os.environ.get("SPOTSPEED_SCHEDULES", "10000"))
 PATIENCE = 4_000
@@ -67,6 +72,16 @@ def test_listening_to_the_lost_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not any(run(late_decision(seed)) for seed in range(500))
     listening_to_the_lost(monkeypatch)
     assert any(run(late_decision(seed)) for seed in range(PATIENCE))
+
+
+def test_waiting_for_the_stuck_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(seed: int) -> Scenario:
+        """A rank dies where messages take next to no time."""
+        return replace(draw(seed, kind="crash"), delay_s=0.0005, spike=0.0)
+
+    assert not any(run(crash(seed), Lockstep) for seed in range(300))
+    wait_for_the_stuck(monkeypatch)
+    assert any(run(crash(seed)) for seed in range(300))
 
 
 def late_decision(seed: int) -> Scenario:

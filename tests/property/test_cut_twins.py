@@ -73,7 +73,7 @@ class Babel:
         )  # fmt: skip
 
     def phase(self) -> Phase:
-        return Phase(self.rng.randrange(7))
+        return self.rng.choice(list(Phase))
 
     def view(self) -> RoundView:
         return RoundView(self.cut(), self.phase(), self.digest(), self.word())
@@ -102,7 +102,7 @@ def converse(seed: int, steps: int) -> None:
     """Make `steps` calls on both twins; raises Disagreement."""
     babel = Babel(seed)
     rng = babel.rng
-    timing = Timing(max_hold_s=rng.choice((0.5, 30.0)))
+    timing = Timing(max_hold_s=rng.choice((0.5, 30.0)), stuck_s=rng.choice((0.3, 5.0)))
     twins = Lockstep(rng.choice((0, 0, 1, 2)), SIZE, now=0.0, timing=timing, unix_offset_s=1.7e9)
     now, calls = 0.0, (
         lambda: twins.notice(Wish(rng.randint(1, 3)), babel.left(), babel.word(), now),

@@ -172,6 +172,10 @@ def settle_at_the_smallest_step(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cut, "plan_after_loss", plan)
 
 
+def wait_for_the_stuck(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Leader, "_watch_rest", lambda self, entry, now: None)
+
+
 WRONG_RULES: tuple[Patch, ...] = (
     park_at_the_own_next_boundary,
     report_without_lock,

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from spotspeed.config import SpotSpeedConfig, parse_block
+from spotspeed.coordinator import coordinator as coordinators
 from spotspeed.coordinator.coordinator import Coordinator, Cut, GateVerdict
 from spotspeed.errors import CoordinationError, CutTimeoutError, PeerLostError
 from spotspeed.testing import network as networks
@@ -327,6 +328,21 @@ def test_the_survivors_of_a_lost_rank_stop_at_one_step_and_leave(victim: int) ->
             ((cut, digest, _),) = saver.outcomes
             assert (cut.step, cut.lost) == (4, (victim,))
             assert digest == f"seal of {cut.attempt}" and "t1r" in cut.attempt
+
+
+def test_a_survivor_in_a_dead_collective_is_made_to_leave_without_the_grace_of_a_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coordinators, "LEAVE_GRACE_S", 10 * WAIT_S)
+    with job_of(2, coordinator={"peer_timeout_s": 10 * WAIT_S}) as job:
+        job.start()
+        assert job.coordinators[0].gate(1) is GateVerdict.GO
+        job.coordinators[1].close(0.0)
+        saver = job.savers[0]
+        saver.wait(lambda: bool(saver.left))
+        ((cut, digest, why),) = saver.outcomes
+        assert (cut.step, digest) == (1, None) and "stuck in its update" in why
+        assert not saver.captures
 
 
 def test_an_exchange_with_a_lost_rank_fails_on_all_others() -> None:
