@@ -32,7 +32,7 @@ from spotspeed.checkpoint.processes import this_process
 from spotspeed.checkpoint.restore import Restored, Seat
 from spotspeed.checkpoint.tiers import check_local_path, open_node
 from spotspeed.config import NoticeConfig, SpotSpeedConfig
-from spotspeed.coordinator.bootstrap import bootstrap
+from spotspeed.coordinator.bootstrap import connect_ranks
 from spotspeed.coordinator.coordinator import Coordinator, Cut, CutListener
 from spotspeed.coordinator.notice import Notice, NoticeSource, configured_sources
 from spotspeed.core.manifest import MAX_STEP, Manifest
@@ -202,8 +202,7 @@ def open_session(
     The same on every rank, or an error on every rank: ConfigError when the path is not the same
     place for all ranks, OwnedError when another living job has it.
     """
-    transport = bootstrap(rank=rank, world_size=world_size,
-                          peer_timeout_s=config.coordinator.peer_timeout_s)  # fmt: skip
+    transport = connect_ranks(config.coordinator, rank, world_size)
     coordinator = Coordinator(transport, config, listener)
     try:
         storage = _open_everywhere(config.path, coordinator.exchange)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+from spotspeed.config import CoordinatorConfig
 from spotspeed.coordinator.address import endpoint_of, open_listener
 from spotspeed.coordinator.local import LocalTransport
 from spotspeed.coordinator.native_transport import HAS_NATIVE, NativeTransport
@@ -13,6 +14,30 @@ from spotspeed.coordinator.sockets import SocketTransport
 from spotspeed.coordinator.transport import Transport
 
 _logger = logging.getLogger("spotspeed")
+TIMEOUT_S = 120.0
+
+
+def connect_ranks(
+    settings: CoordinatorConfig, rank: int, world_size: int, *, timeout_s: float = TIMEOUT_S
+) -> Transport:
+    """The transport that `settings` ask for; see `bootstrap`. Raises ConfigError without MPI."""
+    if settings.transport is None or world_size == 1:
+        return bootstrap(rank=rank, world_size=world_size, timeout_s=timeout_s,
+                         peer_timeout_s=settings.peer_timeout_s)  # fmt: skip
+    # Not at the top: nobody else needs mpi4py.
+    from spotspeed.coordinator.mpi_transport import MpiTransport
+    from spotspeed.coordinator.mpi_world import join_mpi
+
+    world = join_mpi(rank, world_size, timeout_s)
+    transport = MpiTransport(world, rank=rank, peer_timeout_s=settings.peer_timeout_s)
+    try:
+        transport.establish(timeout_s)
+    except BaseException:
+        transport.close()
+        raise
+    _logger.info("coordinator: rank %d of %d, messages by MPI, found through MPI (%d ranks)",
+                 rank, world_size, world_size)  # fmt: skip
+    return transport
 
 
 def bootstrap(
@@ -20,7 +45,7 @@ def bootstrap(
     rank: int,
     world_size: int,
     peer_timeout_s: float = 15.0,
-    timeout_s: float = 120.0,
+    timeout_s: float = TIMEOUT_S,
     rendezvous: Rendezvous | None = None,
     is_native: bool = HAS_NATIVE,
 ) -> Transport:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import secrets
 import sys
 import time
@@ -21,12 +20,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spotspeed.coordinator.address import Endpoint
+from spotspeed.coordinator.mpi_world import await_mpi, import_mpi, is_under_mpi
 from spotspeed.errors import CoordinationError
 
 _SECRET_BYTES = 32
 _SLOT_BYTES = 4096
-_MPI_POLL_S = 0.001
-_MPI_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 _attempts = itertools.count()
 
@@ -84,12 +82,12 @@ class MpiRendezvous:
         gathered = bytearray(_SLOT_BYTES * world_size)
         try:
             duplicate, request = self._world.Idup()
-            _await_mpi(request, deadline_s, timeout_s)
+            await_mpi(request, deadline_s, timeout_s)
             duplicate.Set_errhandler(MPI.ERRORS_RETURN)
             request = duplicate.Iallgather(
                 [slot.ljust(_SLOT_BYTES), MPI.BYTE], [gathered, MPI.BYTE]
             )
-            _await_mpi(request, deadline_s, timeout_s)
+            await_mpi(request, deadline_s, timeout_s)
             duplicate.Free()
         except MPI.Exception as error:
             raise CoordinationError(f"MPI could not connect the ranks: {error}") from error
@@ -134,15 +132,6 @@ class StoreRendezvous:
             ) from error
 
 
-def _await_mpi(request: Any, deadline_s: float, timeout_s: float) -> None:
-    while not request.Test():
-        if time.monotonic() > deadline_s:
-            raise CoordinationError(
-                f"the ranks did not meet through MPI within {timeout_s:g} s: every rank must attach"
-            )
-        time.sleep(_MPI_POLL_S)
-
-
 def _read_slot(slot: bytearray) -> tuple[bytes, Endpoint]:
     secret, text = json.loads(slot)
     return bytes.fromhex(secret), Endpoint.decode(text.encode())
@@ -158,21 +147,18 @@ def _check_complete(ranks: list[int], world_size: int) -> None:
 
 def _mpi_world(world_size: int) -> Any | None:
     """COMM_WORLD where it can be used from this thread and is this job, else None."""
-    if not any(variable in os.environ for variable in _MPI_LAUNCHER_VARIABLES):
+    if not is_under_mpi():
         return None
     if "mpi4py.MPI" not in sys.modules and not _is_libmpi_loaded():
         return None
     try:
-        import mpi4py
-
-        mpi4py.rc.initialize = mpi4py.rc.finalize = False
-        from mpi4py import MPI
+        mpi = import_mpi()
     except (ImportError, RuntimeError):
         return None
-    if not MPI.Is_initialized() or MPI.Is_finalized():
+    if not mpi.Is_initialized() or mpi.Is_finalized():
         return None
-    is_callable = MPI.Query_thread() >= MPI.THREAD_SERIALIZED or MPI.Is_thread_main()
-    return MPI.COMM_WORLD if is_callable and MPI.COMM_WORLD.size == world_size else None
+    is_callable = mpi.Query_thread() >= mpi.THREAD_SERIALIZED or mpi.Is_thread_main()
+    return mpi.COMM_WORLD if is_callable and mpi.COMM_WORLD.size == world_size else None
 
 
 def _is_libmpi_loaded() -> bool:

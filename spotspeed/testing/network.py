@@ -11,6 +11,8 @@ from pathlib import Path
 
 from spotspeed.coordinator.address import Endpoint, network_namespace
 from spotspeed.coordinator.local import LocalTransport
+from spotspeed.coordinator.mpi_transport import MpiTransport
+from spotspeed.coordinator.mpi_world import MpiWorld, import_mpi
 from spotspeed.coordinator.native_transport import NativeTransport
 from spotspeed.coordinator.rendezvous import Introduction
 from spotspeed.coordinator.sockets import SocketTransport
@@ -98,13 +100,35 @@ def single_transport() -> Transport:
 
 @contextlib.contextmanager
 def socket_network(world_size: int, *, peer_timeout_s: float = 15.0) -> Iterator[Network]:
-    """So many ranks connected over loopback, not yet connected with each other."""
+    """So many ranks over loopback, or over MPI's, not yet connected with each other."""
+    if kind == "mpi":
+        with _mpi_network(world_size, peer_timeout_s) as network:
+            yield network
+        return
     sockets, endpoints = listeners(world_size)
     network = Network({
         rank: transport_type(rank)(
             rank=rank, secret=SECRET, listener=sockets[rank], endpoints=endpoints,
             peer_timeout_s=peer_timeout_s,
         )
+        for rank in range(world_size)
+    })  # fmt: skip
+    try:
+        yield network
+    finally:
+        for transport in network.transports.values():
+            transport.close()
+
+
+@contextlib.contextmanager
+def _mpi_network(world_size: int, peer_timeout_s: float) -> Iterator[Network]:
+    """Ranks that all have this process's place in MPI: their tags keep them apart."""
+    mpi = import_mpi()
+    if not mpi.Is_initialized():
+        mpi.Init_thread(mpi.THREAD_MULTIPLE)
+    world = MpiWorld(mpi.COMM_SELF.Dup(), (0,) * world_size)
+    network = Network({
+        rank: MpiTransport(world, rank=rank, peer_timeout_s=peer_timeout_s)
         for rank in range(world_size)
     })  # fmt: skip
     try:

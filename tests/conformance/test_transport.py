@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 import pytest
 
 from spotspeed.coordinator.address import Endpoint
+from spotspeed.coordinator.mpi_transport import MpiTransport
 from spotspeed.coordinator.native_transport import NativeTransport
 from spotspeed.coordinator.sockets import SocketTransport
 from spotspeed.coordinator.transport import (
@@ -33,15 +34,19 @@ from spotspeed.testing.network import (
 )
 
 
-@pytest.fixture(params=["python", "native", "mixed"], autouse=True)
+@pytest.fixture(params=["python", "native", "mixed", "mpi"], autouse=True)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test here runs with the transport in Python, the native one, and both together."""
+    """Every test here runs with the transport in Python, the native one, both, and MPI's."""
+    if request.param == "mpi":
+        pytest.importorskip("mpi4py")
     monkeypatch.setattr(networks, "kind", request.param)
     return str(request.param)
 
 
 # Those that wait in real time need not wait for a mixture, too.
-of_one_kind = pytest.mark.parametrize("kind", ["python", "native"], indirect=True)
+of_one_kind = pytest.mark.parametrize("kind", ["python", "native", "mpi"], indirect=True)
+# MPI polls, and neither has addresses nor tells of a death before its silence does.
+of_sockets = pytest.mark.parametrize("kind", ["python", "native"], indirect=True)
 
 
 @contextlib.contextmanager
@@ -140,7 +145,7 @@ def star(network: Network) -> None:
     network.run(lambda: all(network.payloads(0, rank) for rank in others))
 
 
-@of_one_kind
+@of_sockets
 def test_an_idle_network_stays_up_and_hardly_wakes() -> None:
     with socket_network(3, peer_timeout_s=0.5) as network:
         star(network)
@@ -233,6 +238,7 @@ def test_a_peer_that_does_not_read_is_down_when_its_queue_is_full() -> None:
         assert "does not read" in network.downs(0)[0].why
 
 
+@of_sockets
 def test_a_rank_whose_process_is_gone_is_found_out_at_once() -> None:
     with socket_network(2, peer_timeout_s=60.0) as network:
         network.transports[1].close()
@@ -243,7 +249,7 @@ def test_a_rank_whose_process_is_gone_is_found_out_at_once() -> None:
         assert "cannot be reached at 127.0.0.1" in network.downs(0)[0].why
 
 
-@of_one_kind
+@of_sockets
 def test_a_rank_that_accepts_and_says_nothing_is_down_after_the_timeout() -> None:
     sockets, endpoints = listeners(2)
     transport = transport_type(0)(
@@ -297,9 +303,9 @@ def test_the_survivors_of_rank_0_find_each_other() -> None:
 def test_establish_keeps_what_arrived_for_the_first_handle() -> None:
     with socket_network(3) as network:
         zero, one, two = (network.transports[rank] for rank in range(3))
-        assert isinstance(zero, SocketTransport | NativeTransport)
-        assert isinstance(one, SocketTransport | NativeTransport)
-        assert isinstance(two, SocketTransport | NativeTransport)
+        assert isinstance(zero, SocketTransport | NativeTransport | MpiTransport)
+        assert isinstance(one, SocketTransport | NativeTransport | MpiTransport)
+        assert isinstance(two, SocketTransport | NativeTransport | MpiTransport)
         one.send(0, b"early")
         threads = [threading.Thread(target=each.establish, args=(20,)) for each in (zero, one)]
         for thread in threads:
@@ -315,20 +321,22 @@ def test_establish_keeps_what_arrived_for_the_first_handle() -> None:
 def test_establish_names_the_ranks_that_are_missing() -> None:
     with socket_network(3) as network:
         zero = network.transports[0]
-        assert isinstance(zero, SocketTransport | NativeTransport)
+        assert isinstance(zero, SocketTransport | NativeTransport | MpiTransport)
         with pytest.raises(CoordinationError, match=r"2 of 3 ranks.*\[1, 2\]"):
             zero.establish(0.2)
 
 
+@of_sockets
 def test_establish_fails_at_once_when_rank_0_is_gone() -> None:
     with socket_network(2) as network:
         network.transports[0].close()
         one = network.transports[1]
-        assert isinstance(one, SocketTransport | NativeTransport)
+        assert isinstance(one, SocketTransport | NativeTransport | MpiTransport)
         with pytest.raises(PeerLostError, match="rank 0 is gone"):
             one.establish(60)
 
 
+@of_sockets
 def test_the_first_address_need_not_be_the_right_one() -> None:
     sockets, endpoints = listeners(2)
     # A rank of the same network namespace is looked for on loopback first: pretend another machine.

@@ -53,6 +53,48 @@ def test_under_mpirun_a_job_that_does_not_use_mpi_is_left_without_it() -> None:
     assert not any(each["is_mpi"] for each in reports(done.output))
 
 
+@pytest.mark.parametrize(
+    "mode", ["messages", pytest.param("messages reversed", marks=pytest.mark.full)]
+)
+def test_under_mpirun_the_messages_themselves_may_go_by_mpi(mode: str) -> None:
+    done = run_ranks(3, DRIVER, mode, timeout_s=120)
+    assert_all_met(done.output, 3, "MPI (3 ranks)")
+    assert all("messages by MPI" in str(each["said"]) for each in reports(done.output))
+
+
+@pytest.mark.full
+def test_mpi_that_is_not_for_threads_is_refused_for_messages() -> None:
+    done = run_ranks(2, DRIVER, "messages of one thread", timeout_s=120)
+    told = [str(each["error"]) for each in reports(done.output)]
+    assert len(told) == 2
+    assert all("ConfigError" in text and "MPI_THREAD_MULTIPLE" in text for text in told)
+
+
+def test_messages_by_mpi_need_an_mpi_launcher_and_mpi() -> None:
+    code = """if True:
+        import os, sys
+        if "without mpi4py" in sys.argv:
+            os.environ["PMI_SIZE"] = "2"
+            sys.modules["mpi4py"] = None
+        from spotspeed.config import CoordinatorConfig
+        from spotspeed.coordinator.bootstrap import connect_ranks
+        from spotspeed.errors import ConfigError
+        try:
+            connect_ranks(CoordinatorConfig(transport="mpi"), 0, 2)
+        except ConfigError as error:
+            print(error)
+    """
+    launchers = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+    environ = {name: value for name, value in os.environ.items() if name not in launchers}
+    told = [
+        subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env=environ, text=True,
+                       stdout=subprocess.PIPE, timeout=120, check=True).stdout
+        for words in ([], ["without mpi4py"])
+    ]  # fmt: skip
+    assert "no MPI launcher started this process" in told[0]
+    assert "install mpi4py" in told[1] and "mpi4py" in told[1]
+
+
 def test_a_job_without_a_tcp_store_meets_in_the_file_it_has(tmp_path: Path) -> None:
     meeting = {"MEETING_FILE": str(tmp_path / "meeting")}
     done = run_ranks(2, DRIVER, "file", timeout_s=120, env=meeting)

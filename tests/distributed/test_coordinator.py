@@ -17,7 +17,14 @@ SEED = 20_240_607
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("kind", "rounds"), [("native", 12), ("python", 5)])
+@pytest.mark.parametrize(
+    ("kind", "rounds"),
+    [
+        ("native", 12),
+        ("python", 5),
+        pytest.param("mpi", 5, marks=pytest.mark.full),
+    ],
+)
 def test_a_signal_to_any_rank_at_any_time_stops_all_ranks_at_one_saved_step(
     kind: str, rounds: int
 ) -> None:

@@ -4,7 +4,7 @@ Each time the ranks train on from where they stopped, coupled by a gloo all-redu
 until all have left at one step. Rank 0 prints one JSON line: the rounds, and the latencies in ms
 from kill() until all ranks knew the step.
 
-    cut_signals.py ROUNDS SEED native|python
+    cut_signals.py ROUNDS SEED native|python|mpi
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from spotspeed import events
-from spotspeed.config import parse_block
-from spotspeed.coordinator.bootstrap import bootstrap
+from spotspeed.config import CoordinatorConfig, parse_block
+from spotspeed.coordinator.bootstrap import bootstrap, connect_ranks
 from spotspeed.coordinator.coordinator import Coordinator, Cut, GateVerdict
 
 STEP_S = 0.01
@@ -91,14 +91,15 @@ def train(saver: Saver, step: int, rng: random.Random) -> int:
         coordinator.completed(step)
 
 
-def one_round(
-    step: int, rng: random.Random, own: random.Random, is_native: bool
-) -> dict[str, object]:
+def one_round(step: int, rng: random.Random, own: random.Random, kind: str) -> dict[str, object]:
     """Train until a signal has stopped all ranks; the victims and delays are the same draw."""
     rank, size = dist.get_rank(), dist.get_world_size()
     victims, delay_s = rng.sample(range(size), rng.choice((1, 1, 2))), rng.uniform(0.0, 0.1)
     saver, killed_at = Saver(), float("inf")
-    transport = bootstrap(rank=rank, world_size=size, is_native=is_native)
+    if kind == "mpi":
+        transport = connect_ranks(CoordinatorConfig(transport="mpi"), rank, size)
+    else:
+        transport = bootstrap(rank=rank, world_size=size, is_native=kind == "native")
     block = {"path": "/unused", "notice": {"signals": ["SIGUSR1"]}}
     saver.coordinator = Coordinator(transport, parse_block(block), saver)
     events.add_sink(saver)
@@ -121,13 +122,13 @@ def one_round(
 
 
 def main() -> None:
-    rounds, seed, is_native = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "native"
+    rounds, seed, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     dist.init_process_group("gloo")
     events.remove_sink(events.log_sink)
     rng, own = random.Random(seed), random.Random(seed * 1000 + dist.get_rank())
     step, told = 0, []
     for _ in range(rounds):
-        mine = one_round(step, rng, own, is_native)
+        mine = one_round(step, rng, own, kind)
         found: list[dict] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, mine)
         step = int(found[0]["step"])

@@ -9,7 +9,8 @@ import select
 import sys
 import threading
 
-from spotspeed.coordinator.bootstrap import bootstrap
+from spotspeed.config import CoordinatorConfig
+from spotspeed.coordinator.bootstrap import bootstrap, connect_ranks
 from spotspeed.coordinator.transport import PeerDown, Received, Transport
 
 
@@ -29,9 +30,7 @@ def main(mode: str) -> None:
         return
     for _ in range(2):
         try:
-            transport = bootstrap(
-                rank=rank, world_size=world_size, timeout_s=2 if mode == "absent" else 60
-            )
+            transport = connect(mode, rank, world_size)
         except Exception as error:
             report(rank=rank, error=f"{type(error).__name__}: {error}")
             break
@@ -47,6 +46,13 @@ def main(mode: str) -> None:
     distributed.destroy_process_group()
 
 
+def connect(mode: str, rank: int, world_size: int) -> Transport:
+    if mode.startswith("messages"):
+        settings = CoordinatorConfig(transport="mpi")
+        return connect_ranks(settings, rank, world_size, timeout_s=60)
+    return bootstrap(rank=rank, world_size=world_size, timeout_s=2 if mode == "absent" else 60)
+
+
 def join(mode: str) -> None:
     """Initialise torch.distributed, in one of the ways in which jobs do it."""
     if mode in ("mpi", "reversed"):
@@ -54,6 +60,13 @@ def join(mode: str) -> None:
 
         if mode == "reversed":
             os.environ["RANK"] = str(MPI.COMM_WORLD.size - 1 - MPI.COMM_WORLD.rank)
+    if mode == "messages of one thread":
+        import mpi4py
+
+        mpi4py.rc.thread_level = "funneled"
+        from mpi4py import MPI
+    if mode == "messages reversed":
+        os.environ["RANK"] = str(int(os.environ["WORLD_SIZE"]) - 1 - int(os.environ["RANK"]))
     if mode == "deepspeed":
         import deepspeed
 
