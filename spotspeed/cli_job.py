@@ -145,12 +145,14 @@ def doctor(
     state_gb: Annotated[float | None, typer.Option(help="Size of a checkpoint.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that share it.")] = 1,
     step_seconds: Annotated[float, typer.Option(min=0, help="Length of a step.")] = 1.0,
+    local_path: Annotated[str | None, typer.Option(help="The node's own fast disk.")] = None,
     as_json: Json = False,
 ) -> None:
     """What this machine can do, and what a notice of 120, 30 or 15 s can save; exit 1 if unfit."""
     with errors.status("measuring"):
         state_bytes = None if state_gb is None else int(state_gb * 1e9)
-        found = diagnose(path, state_bytes=state_bytes, nodes=nodes, step_s=step_seconds)
+        found = diagnose(path, state_bytes=state_bytes, nodes=nodes, step_s=step_seconds,
+                         local_path=local_path)  # fmt: skip
     if as_json:
         print_json(found.document())
     else:
@@ -168,6 +170,8 @@ def _show(found: Diagnosis) -> None:
     copied, written = size_text(int(found.stage_bytes_s)), size_text(int(found.write_bytes_s))
     seal = f"{1000 * found.seal_s:.1f} ms"
     console.print(f"copies {copied}/s a core, makes durable {written}/s, seals in {seal}")
+    if found.near_bytes_s is not None:
+        console.print(f"the node's own disk makes durable {size_text(int(found.near_bytes_s))}/s")
     table = Table(title="what a notice can save of one node")
     for name in ("notice", "at most", f"this state, {size_text(found.state_bytes)}"):
         table.add_column(name)

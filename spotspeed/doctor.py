@@ -22,14 +22,16 @@ from typing import Any, Literal
 from spotspeed.checkpoint.catalog import scan
 from spotspeed.checkpoint.ownership import read_owner
 from spotspeed.coordinator.notice.detect import find_platform
+from spotspeed.coordinator.notice.workplace import find_workplace
 from spotspeed.core.deadline import (
     NOTICES_S,
     Decision,
     Limits,
     Measured,
-    Sink,
-    decide,
-    largest_state_bytes,
+    Pace,
+    Places,
+    choose,
+    largest_durable_bytes,
 )
 from spotspeed.staging.pool import available_memory_bytes
 from spotspeed.storage import open_storage
@@ -72,6 +74,8 @@ class Diagnosis:
     stage_bytes_s: float
     write_bytes_s: float
     seal_s: float
+    near_bytes_s: float | None
+    """How fast the node's own disk makes bytes durable; None when none was asked about."""
     state_bytes: int
     """Of one node; 0 when not known."""
     forecasts: tuple[Forecast, ...]
@@ -87,7 +91,7 @@ class Diagnosis:
         return {
             "is_fit": self.is_fit, "stage_bytes_s": self.stage_bytes_s,
             "write_bytes_s": self.write_bytes_s, "seal_s": self.seal_s,
-            "state_bytes": self.state_bytes,
+            "near_bytes_s": self.near_bytes_s, "state_bytes": self.state_bytes,
             "findings": [asdict(finding) for finding in self.findings],
             "forecasts": [
                 {"notice_s": forecast.notice_s, "largest_bytes": forecast.largest_bytes,
@@ -100,9 +104,10 @@ class Diagnosis:
 
 
 def diagnose(
-    path: str, *, state_bytes: int | None = None, nodes: int = 1, step_s: float = 1.0
-) -> Diagnosis:
-    """Look at this machine and at the store at `path`.
+    path: str, *, state_bytes: int | None = None, nodes: int = 1, step_s: float = 1.0,
+    local_path: str | None = None,
+) -> Diagnosis:  # fmt: skip
+    """Look at this machine, at the store at `path`, and at the node's own disk at `local_path`.
 
     `state_bytes` of the whole job, by default those of the newest checkpoint there, are divided
     among `nodes`; `step_s` is how long a step takes. Raises StorageError when the store cannot be
@@ -117,15 +122,19 @@ def diagnose(
         state_bytes = sealed[0].size_bytes if sealed else 0
     share = state_bytes // nodes
     measured = Measured(share, stage_bytes_s, step_s=step_s)
-    sink = Sink(storage.url, write_bytes_s, seal_s, survives_machine=True)
+    near = None if local_path is None else Pace(measure_store(open_storage(local_path))[0])
+    places = Places(storage.url, Pace(write_bytes_s), seal_s, near)
     forecasts = tuple(
         Forecast(
-            seconds, largest_state_bytes(Limits(cloud_s=seconds), measured, sink),
-            decide(Limits(cloud_s=seconds), measured, [sink]) if share else None,
+            seconds, largest_durable_bytes(Limits(cloud_s=seconds), measured, places),
+            choose(Limits(cloud_s=seconds), measured, places)[0] if share else None,
         )
         for seconds in NOTICES_S
     )  # fmt: skip
-    return Diagnosis(tuple(findings), stage_bytes_s, write_bytes_s, seal_s, share, forecasts)
+    near_bytes_s = None if near is None else near.write_bytes_s
+    return Diagnosis(
+        tuple(findings), stage_bytes_s, write_bytes_s, seal_s, near_bytes_s, share, forecasts
+    )
 
 
 def measure_store(storage: Storage) -> tuple[float, float]:
@@ -187,6 +196,11 @@ def _machine(environ: Mapping[str, str]) -> Iterator[Finding]:
     cloud = find_platform(environ)
     none = "no metadata service found: signals, a file, or `spotspeed notify`"
     yield Finding("notices of a cloud", "ok" if cloud else "note", cloud or none)
+    place = find_workplace(environ)
+    if place is not None:
+        grace = "an unknown time" if place.grace_s is None else f"{place.grace_s:g} s"
+        yield Finding("runs under", "ok", f"{place.name} ({place.why}): SIGKILL {grace} after its "
+                      f"signal; `notice.deadline_s` replaces that")  # fmt: skip
     for lock in stale_build_locks(environ):
         yield Finding("operator build", "bad",
                       f"{lock} is left over from a build that was killed; remove it")  # fmt: skip

@@ -24,7 +24,7 @@ from spotspeed.core.deadline import (
     Pace,
     Places,
     choose,
-    largest_state_bytes,
+    largest_durable_bytes,
     patience_s,
 )
 from spotspeed.core.saver_protocol import Cost
@@ -195,9 +195,7 @@ class _Ahead:
         return choose(Limits(cloud_s=notice_s), self.measured, self.places)[0]
 
     def largest_bytes(self, notice_s: float) -> int:
-        ways = [way for ways in self.places.ways()[:2] for way in ways]
-        limits = Limits(cloud_s=notice_s)
-        return max(largest_state_bytes(limits, self.measured, way.sink) for way in ways)
+        return largest_durable_bytes(Limits(cloud_s=notice_s), self.measured, self.places)
 
 
 def launcher_grace_s(environ: Mapping[str, str]) -> float | None:

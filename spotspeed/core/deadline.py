@@ -274,6 +274,12 @@ def largest_state_bytes(limits: Limits, measured: Measured, sink: Sink) -> int:
     return int(min(staging_s * measured.stage_bytes_s, writing_s * rate))
 
 
+def largest_durable_bytes(limits: Limits, measured: Measured, places: Places) -> int:
+    """Bytes of one rank or node that such a notice makes durable at the store, at most."""
+    always, direct, _ = places.ways()
+    return max(largest_state_bytes(limits, measured, way.sink) for way in (*always, *direct))
+
+
 def _done_s(measured: Measured, sink: Sink) -> float:
     staging_s = measured.state_bytes / measured.stage_bytes_s
     return measured.begin_s + max(staging_s, sink.write_s(measured.state_bytes)) + sink.seal_s

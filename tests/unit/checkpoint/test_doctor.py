@@ -14,12 +14,15 @@ from spotspeed.storage import open_storage
 
 def test_the_command_measures_the_store_and_leaves_nothing_there(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "spotspeed", "doctor", str(tmp_path), "--state-gb", "1e6",
-             "--json"]  # fmt: skip
-    environ = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "none")}
+             "--local-path", str(tmp_path / "nvme"), "--json"]  # fmt: skip
+    environ = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "none"), "SLURM_JOB_ID": "12"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environ)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["is_fit"] and found["write_bytes_s"] > 1e5 and found["stage_bytes_s"] > 1e7
+    assert found["near_bytes_s"] > 1e5
+    (place,) = [each for each in found["findings"] if each["what"] == "runs under"]
+    assert place["detail"].startswith("SLURM (SLURM_JOB_ID=12")
     assert [row["notice_s"] for row in found["forecasts"]] == [120, 30, 15]
     assert [row["action"] for row in found["forecasts"]] == ["nothing newer"] * 3, "a petabyte"
     sizes = [row["largest_bytes"] for row in found["forecasts"]]
