@@ -136,7 +136,8 @@ class Interruption:
             why = f"rank {cut.lost[0]} is lost, and its part of step {cut.step} with it"
             return coordinator.report_failed(cut.round, why)
         if cut.stop:
-            left_s = cut.seconds_left or 0.0
+            left_s = cut.seconds_left
+            left_s = self._config.notice.deadline_s if left_s is None else left_s
             plan = self.planner.plan(cut.step, cut.source, left_s, self._session.known_tag())
             self._orders = plan.orders
             self._saves.hurry(plan.patience_s)
