@@ -15,8 +15,9 @@ import torch
 from torch import distributed, nn
 
 import spotspeed
-from spotspeed import events
 from spotspeed.checkpoint.restore import Seat, restore_agreed
+from spotspeed.storage.intercept import InterceptedStorage
+from spotspeed.storage.trace import Tally, Tracer
 
 STEPS = 2
 
@@ -72,17 +73,16 @@ def write(options: argparse.Namespace, engine: Any) -> dict[str, Any]:
 
 def load(options: argparse.Namespace, engine: Any) -> dict[str, Any]:
     """Ours from the launch on, then both in turn."""
-    resumed: list[events.Resumed] = []
-    events.add_sink(lambda event: resumed.append(event)
-                    if isinstance(event, events.Resumed) else None)  # fmt: skip
     made: list[Any] = []
     attach_s = timed(lambda: made.append(spotspeed.attach(engine)))
     checkpointer = made[0]
     seat = Seat(checkpointer.rank, checkpointer.world_size,
                 checkpointer._session.coordinator.exchange, checkpointer._provider,
                 checkpointer._small)  # fmt: skip
+    tally = Tally()
+    traced = InterceptedStorage(checkpointer._session.storage, Tracer(tally.add))
     asked = bytes_asked()
-    first_s = timed(lambda: restore_agreed(checkpointer._session.storage, seat))
+    first_s = timed(lambda: restore_agreed(traced, seat))
     asked = bytes_asked() - asked
     needed = sum(piece.fragment.size_bytes for piece in checkpointer._provider.pieces())
     original_load = type(engine).load_checkpoint.__wrapped__
@@ -99,7 +99,7 @@ def load(options: argparse.Namespace, engine: Any) -> dict[str, Any]:
             call()
     answers: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(answers, {
-        "needed": needed, "asked": asked, "read": resumed[0].size_bytes,
+        "needed": needed, "asked": asked, "read": tally.bytes_read,
     })  # fmt: skip
     checkpointer._detach()  # without the save that close() makes
     return {"attach_s": attach_s, "first_s": first_s, "ours_s": ours, "theirs_s": theirs,

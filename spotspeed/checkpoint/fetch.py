@@ -105,7 +105,7 @@ def fetch(
     if span.is_direct:
         buffer = targets[first.request][first.target_offset :][: span.size_bytes]
     else:
-        buffer = _scratch(span.size_bytes)
+        buffer = scratch(span.size_bytes)
     everything = range(len(span.chunks))
     missing = everything if near is None else near.read(span.shard.path, span.chunks, buffer)
     is_far = len(missing) == len(everything)
@@ -216,7 +216,7 @@ def _cut(shard: OpenShard, chunks: Sequence[WantedChunk], *, is_direct: bool) ->
     return spans
 
 
-def _scratch(size_bytes: int) -> memoryview:
+def scratch(size_bytes: int) -> memoryview:
     """This thread's reading buffer; what it held before is gone."""
     buffer: bytearray | None = getattr(_thread, "buffer", None)
     if buffer is None or len(buffer) < size_bytes:

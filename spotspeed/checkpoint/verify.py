@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from spotspeed.checkpoint.fetch import SPAN_BYTES, check_padding, unpack
+from spotspeed.checkpoint.fetch import SPAN_BYTES, check_padding, scratch, unpack
 from spotspeed.checkpoint.parallel import in_parallel
 from spotspeed.checkpoint.sealed import (
     OpenShard,
@@ -62,9 +62,14 @@ class _RankPart:
 
 
 @dataclass(frozen=True, slots=True)
-class _ShardReport:
-    bytes_read: int
-    damages: tuple[CorruptionError, ...]
+class _Piece:
+    """Bytes [start, stop) of a file before its index: whole chunks and the padding before them."""
+
+    shard: OpenShard
+    start: int
+    stop: int
+    chunks: tuple[tuple[int, ChunkRecord], ...]
+    """With their numbers; the last piece has none."""
 
 
 Seen = dict[tuple[str, str], tuple[CorruptionError, ...]]
@@ -76,7 +81,9 @@ def verify_checkpoint(
 ) -> VerifyReport:
     """Read manifest, receipts, shards and objects of a checkpoint whole; memory is bounded.
 
-    Never raises for damage, which is what the report is for; other storage errors pass through.
+    Files are read in pieces of about SPAN_BYTES, `threads` of them at a time, whatever their
+    number. Never raises for damage, which is what the report is for; other storage errors pass
+    through. Frozen objects that have been `seen` are not read again.
     """
     directory = manifest.ticket.directory
     damages: list[CorruptionError] = []
@@ -91,16 +98,21 @@ def verify_checkpoint(
     opened = [shard for part in parts for shard in part.shards]
     damages += [damage for part in parts for damage in part.damages]
     known = {} if seen is None else seen
-    reports = in_parallel(
-        lambda shard: _verify_once(storage, shard, known), opened, threads=threads
-    )
-    for report in reports:
-        damages += report.damages
+    unread = {_identity(shard): shard for shard in opened if _identity(shard) not in known}
+    found = _read_all(storage, list(unread.values()), threads)
+    known |= {key: found[key] for key, shard in unread.items() if shard.object is not None}
+    for key in dict.fromkeys(_identity(shard) for shard in opened):
+        damages += found.get(key) or known.get(key, ())
     if all(part.is_complete for part in parts):
         damages += _incomplete(place(storage, directory), opened)
-    bytes_read = sum(part.bytes_read for part in parts) + sum(r.bytes_read for r in reports)
+    bytes_read = sum(part.bytes_read for part in parts)
+    bytes_read += sum(shard.record.size_bytes for shard in unread.values())
     files = 1 + sum(part.files for part in parts)
     return VerifyReport(directory, files, bytes_read, tuple(damages))
+
+
+def _identity(shard: OpenShard) -> tuple[str, str]:
+    return shard.path, shard.record.index_sha256
 
 
 def _open_rank(storage: Storage, manifest: Manifest, rank: int) -> _RankPart:
@@ -121,71 +133,57 @@ def _open_rank(storage: Storage, manifest: Manifest, rank: int) -> _RankPart:
     return _RankPart(tuple(shards), tuple(damages), files, manifest.receipts[rank].size_bytes)
 
 
-def _verify_once(storage: Storage, shard: OpenShard, seen: Seen) -> _ShardReport:
-    """As `_verify_shard`; an object that has been `seen` is not read again."""
-    if shard.object is None:
-        return _verify_shard(storage, shard)
-    key = shard.object.path, shard.object.index_sha256
-    if key in seen:
-        return _ShardReport(0, seen[key])
-    report = _verify_shard(storage, shard)
-    seen[key] = report.damages
-    return report
+def _read_all(storage: Storage, shards: list[OpenShard], threads: int) -> Seen:
+    """The damage of each file, by its identity, the first ones in its order."""
+    pieces = [piece for shard in shards for piece in _pieces(shard)]
+    damages = in_parallel(
+        lambda piece: _damages(storage, piece), pieces, threads=threads
+    )  # fmt: skip
+    found: dict[tuple[str, str], list[CorruptionError]] = {_identity(one): [] for one in shards}
+    for piece, damage in zip(pieces, damages, strict=True):
+        found[_identity(piece.shard)] += damage
+    return {key: tuple(damage[:_REPORTED_PER_FILE]) for key, damage in found.items()}
 
 
-def _verify_shard(storage: Storage, shard: OpenShard) -> _ShardReport:
-    damages: list[CorruptionError] = []
-    try:
-        for damage in _damages(storage, shard):
-            damages.append(damage)
-            if len(damages) == _REPORTED_PER_FILE:
-                break
-    except CorruptionError as error:
-        damages.append(error)
-    return _ShardReport(shard.record.size_bytes, tuple(damages))
-
-
-def _damages(storage: Storage, shard: OpenShard) -> Iterator[CorruptionError]:
-    """Every damage before the index, which has been verified by opening the shard."""
-    source = place(storage, shard.path)
-    buffer = memoryview(bytearray(SPAN_BYTES))
-    position = 0
-    for group in _groups(shard):
-        stop = group[-1][1].file_stop if group else shard.index.frames_stop
-        if stop - position > len(buffer):
-            buffer = memoryview(bytearray(stop - position))
-        view = buffer[: stop - position]
-        with listed(storage, shard.path):
-            storage.read_into(shard.path, position, view)
-        reach = position
-        if position == 0:
-            yield from _header_damage(shard, view[:HEADER_BYTES], source)
-            reach = HEADER_BYTES
-        for number, record in group:
-            gap = view[reach - position : record.file_offset - position]
-            yield from _caught(check_padding, gap, f"{source}: before chunk {number}")
-            frame = view[record.file_offset - position : record.file_stop - position]
-            yield from _caught(_check_chunk, frame, record, f"{source}#chunk {number}")
-            reach = record.file_stop
-        if not group:
-            gap = view[reach - position :]
-            yield from _caught(check_padding, gap, f"{source}: before the index")
-        position = stop
-
-
-def _groups(shard: OpenShard) -> Iterator[list[tuple[int, ChunkRecord]]]:
-    """Consecutive chunks of about SPAN_BYTES, and an empty group for what is behind the last."""
-    group: list[tuple[int, ChunkRecord]] = []
-    position = 0
+def _pieces(shard: OpenShard) -> Iterator[_Piece]:
+    """The file up to its index, which has been verified by opening it."""
+    start, chunks = 0, list[tuple[int, ChunkRecord]]()
     for number, record in enumerate(shard.index.chunks):
-        if group and record.file_stop - position > SPAN_BYTES:
-            position = group[-1][1].file_stop
-            yield group
-            group = []
-        group.append((number, record))
-    if group:
-        yield group
-    yield []
+        if chunks and record.file_stop - start > SPAN_BYTES:
+            stop = chunks[-1][1].file_stop
+            yield _Piece(shard, start, stop, tuple(chunks))
+            start, chunks = stop, []
+        chunks.append((number, record))
+    if chunks:
+        yield _Piece(shard, start, chunks[-1][1].file_stop, tuple(chunks))
+        start = chunks[-1][1].file_stop
+    yield _Piece(shard, start, shard.index.frames_stop, ())
+
+
+def _damages(storage: Storage, piece: _Piece) -> list[CorruptionError]:
+    """Every damage of a piece; where it cannot be read at all, that one."""
+    shard, source = piece.shard, place(storage, piece.shard.path)
+    view = scratch(piece.stop - piece.start)
+    try:
+        with listed(storage, shard.path):
+            storage.read_into(shard.path, piece.start, view)
+    except CorruptionError as error:
+        return [error]
+    found: list[CorruptionError] = []
+    reach = piece.start
+    if piece.start == 0:
+        found += _header_damage(shard, view[:HEADER_BYTES], source)
+        reach = HEADER_BYTES
+    for number, record in piece.chunks:
+        gap = view[reach - piece.start : record.file_offset - piece.start]
+        found += _caught(check_padding, gap, f"{source}: before chunk {number}")
+        frame = view[record.file_offset - piece.start : record.file_stop - piece.start]
+        found += _caught(_check_chunk, frame, record, f"{source}#chunk {number}")
+        reach = record.file_stop
+    if not piece.chunks:
+        gap = view[reach - piece.start :]
+        found += _caught(check_padding, gap, f"{source}: before the index")
+    return found
 
 
 def _header_damage(shard: OpenShard, data: memoryview, source: str) -> Iterator[CorruptionError]:

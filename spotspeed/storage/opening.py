@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import reduce
 
 from spotspeed.errors import ConfigError
 from spotspeed.storage.contract import Storage
+from spotspeed.storage.intercept import InterceptedStorage, Interceptor
 from spotspeed.storage.local import LocalStorage
 from spotspeed.storage.memory import MemoryStorage
 from spotspeed.storage.redaction import refuse_credentials
@@ -16,15 +18,17 @@ _memories: dict[str, MemoryStorage] = {}
 _memories_lock = threading.Lock()
 
 
-def open_storage(url: str | os.PathLike[str]) -> Storage:
+def open_storage(url: str | os.PathLike[str], *through: Interceptor) -> Storage:
     """The store at a directory or URL, with retries; nothing is created until the first write.
 
     A directory may be given as such or as file://; memory://NAME is one store per name and
-    process; anything else is opened by fsspec. Raises ConfigError when the URL cannot name a
-    store, with what to write instead.
+    process; anything else is opened by fsspec. Each attempt of a call goes `through` a tracer, a
+    bandwidth limit or both, the first of them outermost. Raises ConfigError when the URL cannot
+    name a store, with what to write instead.
     """
     policy = RetryPolicy()
-    return RetryingStorage(_open_plain(os.fspath(url), policy), policy)
+    plain = _open_plain(os.fspath(url), policy)
+    return RetryingStorage(reduce(InterceptedStorage, reversed(through), plain), policy)
 
 
 def _open_plain(url: str, policy: RetryPolicy) -> Storage:

@@ -17,9 +17,12 @@ import pytest
 from spotspeed.errors import FormatError, ObjectNotFoundError, StorageError
 from spotspeed.storage import ObjectInfo, Storage, open_storage
 from spotspeed.storage.fsspec_backend import FsspecStorage
+from spotspeed.storage.intercept import InterceptedStorage
 from spotspeed.storage.local import LocalStorage
 from spotspeed.storage.memory import MemoryStorage
 from spotspeed.storage.retry import RetryingStorage
+from spotspeed.storage.throttle import Throttle
+from spotspeed.storage.trace import Tally, Tracer
 from tests.object_stores import KINDS, ObjectStore
 
 LIMIT = 1 << 20
@@ -37,6 +40,11 @@ MAKERS: dict[str, Callable[[Path], Storage]] = {
     "memory-url": lambda path: open_storage(f"memory://{uuid.uuid4().hex}"),
     "retrying-local": lambda path: RetryingStorage(LocalStorage(path)),
     "directory": lambda path: open_storage(path / "new"),
+    "traced-limited-directory": lambda path: open_storage(
+        path / "new", Tracer(Tally().add), Throttle(1e12)
+    ),
+    "limited-memory": lambda path: InterceptedStorage(MemoryStorage("limited"), Throttle(1e12)),
+    "traced-local": lambda path: InterceptedStorage(LocalStorage(path), Tracer(Tally().add)),
     "fsspec-local": _fsspec_local,
     "fsspec-memory": lambda path: FsspecStorage(f"memory://{uuid.uuid4().hex}/root"),
 }

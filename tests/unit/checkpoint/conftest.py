@@ -18,7 +18,9 @@ from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.core.manifest import Manifest, Ticket, encode_manifest, seal_manifest
 from spotspeed.storage.contract import Storage
+from spotspeed.storage.intercept import InterceptedStorage
 from spotspeed.storage.local import LocalStorage
+from spotspeed.storage.trace import Traced, Tracer
 
 Tensors = dict[TensorKey, tuple[str, np.ndarray[Any, Any]]]
 
@@ -46,24 +48,16 @@ class Written:
         return flat[fragment.interval.start : fragment.interval.stop].tobytes()
 
 
-class CountingStorage:
+class CountingStorage(InterceptedStorage):
     """Counts reads of whatever store it stands before."""
 
     def __init__(self, inner: Storage) -> None:
-        self._inner = inner
         self.reads: list[tuple[str, int]] = []
+        super().__init__(inner, Tracer(self._note))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
-        self.reads.append((key, len(buffer)))
-        self._inner.read_into(key, offset, buffer)
-
-    def get(self, key: str, limit_bytes: int) -> bytes:
-        data = self._inner.get(key, limit_bytes)
-        self.reads.append((key, len(data)))
-        return data
+    def _note(self, traced: Traced) -> None:
+        if traced.call.operation in ("get", "read"):
+            self.reads.append((traced.call.key, traced.received_bytes))
 
     @property
     def bytes_read(self) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spotspeed.checkpoint.fill import batches, bounce
@@ -30,6 +30,7 @@ def piece(name: str, start: int, stop: int) -> Piece:
     return Piece(Holding(fragment), torch.zeros(stop - start))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400)), max_size=6),
     st.integers(4, 900),
