@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import typer
 from rich.table import Table
 
 from spotspeed.cli import Json, Path, app, console, errors, print_json, reported, size_text
+from spotspeed.coordinator.notice.workplace import signal_deadline_s
 from spotspeed.core.relaunch import Policy
 from spotspeed.doctor import Diagnosis, diagnose
 from spotspeed.supervisor.notifying import Told, notify, paths_here, wait_durable
@@ -20,6 +22,8 @@ from spotspeed.supervisor.supervise import Plan, supervise
 from spotspeed.testing.metadata import MetadataService
 
 EXIT_NOT_DURABLE = 1
+NOTICE_S = 120.0
+"""What a notice leaves that says nothing of time, where nothing else is known."""
 EXIT_UNFIT = 1
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -51,7 +55,8 @@ def parse_plan(words: list[str]) -> Plan:
     add("--min-ranks", type=int, default=1, help="do not run on fewer ranks (1)")
     add("--hostfile", help="lines 'name slots=N', read before each launch; hosts that answer count")
     add("--ds-config", help="choose {ranks} so that this config's global batch stays the same")
-    add("--deadline", type=float, default=120.0, help="seconds that a notice leaves (120)")
+    add("--deadline", type=float, help="seconds that a notice leaves (120, or what the scheduler "
+        "leaves)")  # fmt: skip
     add("--no-watch-host", action="store_true", help="leave this host's metadata service alone")
     add("command", nargs=argparse.REMAINDER, metavar="-- LAUNCHER ...", help="what to run")
     given = parser.parse_args(words)
@@ -62,7 +67,8 @@ def parse_plan(words: list[str]) -> Plan:
         tuple(command), relaunch=given.relaunch,
         policy=Policy(given.max_restarts, given.window, given.backoff), ranks=given.ranks,
         min_ranks=given.min_ranks, hostfile=given.hostfile, ds_config=given.ds_config,
-        deadline_s=given.deadline, watch_host=not given.no_watch_host,
+        deadline_s=given.deadline or signal_deadline_s(os.environ, NOTICE_S),
+        watch_host=not given.no_watch_host,
     )  # fmt: skip
 
 

@@ -30,6 +30,14 @@ def path_hint(environ: Mapping[str, str]) -> str:
     return f" ({found.name}: {found.path_hint})" if found and found.path_hint else ""
 
 
+def signal_deadline_s(environ: Mapping[str, str], default_s: float) -> float:
+    """What a signal leaves time for here, but no more than `default_s`."""
+    found = find_workplace(environ)
+    if found is None or found.grace_s is None:
+        return default_s
+    return min(default_s, max(1.0, found.grace_s - LEAVE_S))
+
+
 def settle(config: SpotSpeedConfig, environ: Mapping[str, str]) -> SpotSpeedConfig:
     """`config` with the signals and the deadline of the place where the job runs.
 
@@ -42,8 +50,8 @@ def settle(config: SpotSpeedConfig, environ: Mapping[str, str]) -> SpotSpeedConf
     changes: dict[str, object] = {}
     if "signals" not in given:
         changes["signals"] = tuple(dict.fromkeys((*notice.signals, *found.signals)))
-    if "deadline_s" not in given and found.grace_s is not None:
-        changes["deadline_s"] = min(notice.deadline_s, max(1.0, found.grace_s - LEAVE_S))
+    if "deadline_s" not in given:
+        changes["deadline_s"] = signal_deadline_s(environ, notice.deadline_s)
     notice = notice.model_copy(update=changes)
     _logger.info(
         "notices: %s (%s): signals %s, %g s from a notice without a time of its own",

@@ -106,6 +106,17 @@ def test_the_grace_period_of_the_pod_covers_hook_and_supervisor() -> None:
     assert float(hook["--deadline"]) < grace_s and float(hook["--timeout"]) < grace_s
 
 
+def test_without_a_deadline_a_supervisor_takes_what_the_scheduler_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "AIP_CHECKPOINT_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    assert parse_plan(["--", "mpirun"]).deadline_s == 120.0
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert parse_plan(["--", "mpirun"]).deadline_s == 28.0
+    assert parse_plan(["--deadline", "300", "--", "mpirun"]).deadline_s == 300.0
+
+
 def test_the_batch_script_parses_and_requeues_what_was_interrupted(tmp_path: Path) -> None:
     """Run by bash with a supervisor and a scontrol that only say how they were called."""
     subprocess.run(["bash", "-n", str(SLURM)], check=True)
