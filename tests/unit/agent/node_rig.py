@@ -63,14 +63,16 @@ class Node:
         self._encoders = ThreadPoolExecutor(2)
 
     def store(
-        self, ticket: Ticket, *, chunks: int = CHUNKS, slots: int = CHUNKS, rank: int = 0
-    ) -> tuple[IncomingSave, NodePart | None]:
+        self, ticket: Ticket, *, chunks: int = CHUNKS, slots: int = CHUNKS, rank: int = 0,
+        is_direct: bool = False,
+    ) -> tuple[IncomingSave, NodePart | None]:  # fmt: skip
         """Store a save of `chunks` chunks through a pool of `slots`."""
         size = chunks * CHUNK
         fragment = Fragment(TensorKey("fp32", "w", f"rank-{rank}"), "uint8", (size,),
                             Interval(0, size))  # fmt: skip
         layout = pack([fragment], chunk_bytes=CHUNK)
-        begin = Begin(1, ticket, rank, CHUNK, chunks, size, "none", (fragment,))
+        begin = Begin(1, ticket, rank, CHUNK, chunks, size, "none", (fragment,),
+                      is_direct=is_direct)  # fmt: skip
         save, arena = IncomingSave(begin, layout), SlotArena(slots * CHUNK, CHUNK)
         free: queue.SimpleQueue[int] = queue.SimpleQueue()
         ledger = SlotLedger(slots, lambda given: [free.put(slot) for slot in given] and None)

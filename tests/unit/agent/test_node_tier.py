@@ -63,6 +63,30 @@ def test_a_part_comes_to_the_store_byte_for_byte(path: Path, local_path: Path) -
         assert (path / key).read_bytes() == (node_path(node) / key).read_bytes()
 
 
+def test_a_part_that_there_is_no_time_to_write_twice_goes_past_the_disk(
+    path: Path, local_path: Path
+) -> None:
+    node, ticket = Node(path, local_path), ticket_of(1, reason="notice")
+    save, part = node.store(ticket, is_direct=True)
+    assert part is None and node.bypassed == []
+    assert (path / ticket.receipt_path(0)).exists()
+    assert survey(node.tier.node) == []
+    assert save.cost is not None and not save.cost.is_near
+
+
+def test_what_a_part_took_is_told_of_the_disk_and_of_the_way_to_the_store(
+    path: Path, local_path: Path
+) -> None:
+    node = Node(path, local_path)
+    save, part = node.store(ticket_of(1))
+    assert part is not None and save.cost is not None
+    assert save.cost.is_near and save.cost.write_s > 0 and save.cost.encode_s > 0
+    assert save.cost.raw_bytes == CHUNKS * CHUNK <= save.cost.stored_bytes == part.size_bytes
+    node.tier.drain(part, save, node.outcomes.put)
+    assert node.outcomes.get(timeout=LIMIT_S) is None
+    assert save.progress.drained_s > 0
+
+
 def test_the_newest_sealed_checkpoint_stays_on_the_node_and_older_ones_go(
     path: Path, local_path: Path
 ) -> None:
