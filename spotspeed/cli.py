@@ -12,19 +12,29 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from spotspeed import __version__, cli_exchange
 from spotspeed.checkpoint.catalog import CheckpointInfo, find, scan
 from spotspeed.checkpoint.gc import collect
 from spotspeed.checkpoint.opened import OpenedCheckpoint
-from spotspeed.checkpoint.ownership import living_owner, read_epochs
+from spotspeed.checkpoint.ownership import living_owner
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.tiers import ranks_on_node
 from spotspeed.checkpoint.verify import Seen
 from spotspeed.core.retention import Keep
-from spotspeed.errors import CorruptionError, OwnedError, SpotSpeedError
-from spotspeed.storage import open_storage
+from spotspeed.errors import CorruptionError, ObjectNotFoundError, OwnedError, SpotSpeedError
+from spotspeed.storage import Storage, open_storage
+from spotspeed.storage.throttle import Throttle
+from spotspeed.storage.trace import Tracer
 
 app = typer.Typer(
     name="spotspeed", no_args_is_help=True, add_completion=False,
@@ -37,6 +47,10 @@ Path = Annotated[str, typer.Argument(help="Directory or fsspec URL of the checkp
 Tag = Annotated[str | None, typer.Argument(help="Tag or directory; the newest if left out.")]
 Local = Annotated[
     str | None, typer.Option("--local", help="The job's `local_path`: show what this node has.")
+]
+LimitMb = Annotated[
+    float | None,
+    typer.Option("--limit-mb", min=0.001, help="Read at most so many MB (10^6 bytes) a second."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
@@ -53,10 +67,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except CorruptionError as error:
-            errors.print(f"[red]damaged:[/red] {error}")
+            say(errors, str(error), word="[red]damaged:[/red]")
             raise typer.Exit(EXIT_DAMAGED) from None
         except SpotSpeedError as error:
-            errors.print(f"[red]{type(error).__name__}:[/red] {error}")
+            say(errors, str(error), word=f"[red]{type(error).__name__}:[/red]")
             raise typer.Exit(EXIT_FAILED) from None
 
     return run
@@ -92,15 +106,15 @@ def list_(path: Path, local: Local = None, as_json: Json = False) -> None:
                       "remote, node" if info.directory in near else "remote")  # fmt: skip
     console.print(table if catalog.sealed else "no sealed checkpoint")
     for info in catalog.off_lineage:
-        console.print(f"off the lineage: {info.directory}")
+        say(console, f"off the lineage: {info.directory}")
     for name in catalog.unsealed:
-        console.print(f"unfinished: {name}")
+        say(console, f"unfinished: {name}")
     sealed = {info.directory for info in (*catalog.sealed, *catalog.off_lineage)}
     for name, ranks in near.items():
         if name not in sealed:
-            console.print(f"level node: {name}, ranks {', '.join(map(str, ranks))} on this node")
+            say(console, f"level node: {name}, ranks {', '.join(map(str, ranks))} on this node")
     for damaged in catalog.damaged:
-        errors.print(f"[red]damaged:[/red] {damaged.directory}: {damaged.cause}")
+        say(errors, f"{damaged.directory}: {damaged.cause}", word="[red]damaged:[/red]")
 
 
 @app.command()
@@ -122,7 +136,7 @@ def show(path: Path, tag: Tag = None, local: Local = None, as_json: Json = False
         print_json({**facts, "tensors": tensors})
         return
     for name, value in facts.items():
-        console.print(f"{name:16} {value}")
+        say(console, f"{name:16} {value}")
     table = Table()
     for column in ("name", "kind", "scope", "dtype", "shape", "pieces"):
         table.add_column(column)
@@ -133,37 +147,68 @@ def show(path: Path, tag: Tag = None, local: Local = None, as_json: Json = False
 
 @app.command()
 @reported
-def verify(path: Path, tag: Tag = None, as_json: Json = False) -> None:
+def verify(path: Path, tag: Tag = None, limit_mb: LimitMb = None, as_json: Json = False) -> None:
     """Read every byte of one checkpoint, or of all; exit 1 and name the files if any is damaged."""
-    storage = open_storage(path)
+    bar = _reading_bar(is_shown=not as_json)
+    task = bar.add_task("", total=None)
+    # Reads of shards; the small files around them are got whole, and are in nobody's sum.
+    tracer = Tracer(lambda traced: bar.advance(task, traced.call.wanted_bytes))
+    storage = open_storage(path, tracer, *_limit(limit_mb))
     catalog = scan(storage)
     chosen = [find(storage, tag)] if tag else [*catalog.sealed, *catalog.off_lineage]
     documents: list[dict[str, Any]] = []
     seen: Seen = {}
     for damaged in () if tag else catalog.damaged:
         documents.append({"directory": damaged.directory, "damages": [damaged.cause]})
-    for info in chosen:
-        with errors.status(f"reading {info.directory}, {size_text(info.size_bytes)}"):
-            began = time.monotonic()
-            reader = CheckpointReader.open(storage, info.directory, digest=info.digest)
-            report = reader.find_damage(seen)
-        documents.append({
-            "directory": info.directory, "tag": info.tag, "files": report.files,
-            "bytes_read": report.bytes_read, "elapsed_s": time.monotonic() - began,
-            "damages": [str(damage) for damage in report.damages],
-        })  # fmt: skip
+    with bar:
+        bar.reset(task, total=sum(info.size_bytes for info in chosen) + _object_bytes(chosen))
+        for info in chosen:
+            bar.update(task, description=info.directory)
+            documents.append(_verified(storage, info, seen))
     is_whole = not any(document["damages"] for document in documents)
     if as_json:
         print_json({"is_whole": is_whole, "checkpoints": documents})
     for document in () if as_json else documents:
         state = "[red]damaged[/red]" if document["damages"] else "[green]whole[/green]"
-        console.print(f"{state} {document['directory']}")
+        say(console, document["directory"], word=state)
         for damage in document["damages"]:
-            console.print(f"  {damage}")
+            say(console, f"  {damage}")
     if not documents:
         find(storage, tag)
     if not is_whole:
         raise typer.Exit(EXIT_DAMAGED)
+
+
+def _verified(storage: Storage, info: CheckpointInfo, seen: Seen) -> dict[str, Any]:
+    began = time.monotonic()
+    try:
+        reader = CheckpointReader.open(storage, info.directory, digest=info.digest)
+    except (CorruptionError, ObjectNotFoundError) as error:
+        # Since it was listed: somebody has damaged or removed it meanwhile.
+        return {"directory": info.directory, "tag": info.tag, "damages": [str(error)]}
+    report = reader.find_damage(seen)
+    return {
+        "directory": info.directory, "tag": info.tag, "files": report.files,
+        "bytes_read": report.bytes_read, "elapsed_s": time.monotonic() - began,
+        "damages": [str(damage) for damage in report.damages],
+    }  # fmt: skip
+
+
+def _object_bytes(chosen: list[CheckpointInfo]) -> int:
+    """About what their frozen objects have, most of which they share."""
+    return max((info.object_bytes for info in chosen), default=0)
+
+
+def _reading_bar(*, is_shown: bool) -> Progress:
+    """A bar of bytes on stderr; none unless that is a terminal."""
+    columns = ("{task.description}", BarColumn(), DownloadColumn(binary_units=True),
+               TransferSpeedColumn(), TimeRemainingColumn())  # fmt: skip
+    is_hidden = not (is_shown and errors.is_terminal)
+    return Progress(*columns, console=errors, transient=True, disable=is_hidden)
+
+
+def _limit(limit_mb: float | None) -> tuple[Throttle, ...]:
+    return () if limit_mb is None else (Throttle(limit_mb * 1e6),)
 
 
 @app.command()
@@ -183,19 +228,20 @@ def gc(
             f"{storage.url}: a job is alive there (epoch {owner.epoch} on {owner.identity.host}, "
             f"pid {owner.identity.pid}); it removes old checkpoints by itself, as its `keep` says"
         )
-    epoch = read_epochs(storage).newest
+    # Checkpoints that were imported or saved without a job are of epochs that nobody has claimed.
+    epoch = scan(storage).newest_epoch
     done = collect(storage, Keep(keep_last, every_steps), epoch=epoch, dry_run=dry_run)
     if as_json:
         print_json({"dry_run": dry_run, **asdict(done)})
         return
     word = "would remove" if dry_run else "removed"
     for removal in done.removals:
-        console.print(f"{word} {removal.directory}: {removal.reason}")
+        say(console, f"{word} {removal.directory}: {removal.reason}")
     for key in done.frozen:
-        console.print(f"{word} {key}: no checkpoint refers to it")
+        say(console, f"{word} {key}: no checkpoint refers to it")
     for left in done.leftovers:
-        console.print(f"{word} {left}: a write that never ended has left it")
-    console.print(f"{word} {len(done.removals)} directories, {size_text(done.size_bytes)}")
+        say(console, f"{word} {left}: a write that never ended has left it")
+    say(console, f"{word} {len(done.removals)} directories, {size_text(done.size_bytes)}")
 
 
 cli_exchange.register(app, reported)
@@ -208,6 +254,11 @@ def main() -> None:
     import spotspeed.cli_job  # noqa: F401
 
     app()
+
+
+def say(where: Console, text: str, *, word: str = "") -> None:
+    """One line, however long, and as it stands but for the markup of its first `word`."""
+    where.print(f"{word} {escape(text)}" if word else escape(text), soft_wrap=True)
 
 
 def print_json(document: Any) -> None:

@@ -1,0 +1,134 @@
+"""The commands that look at checkpoints and keep them tidy, as a user calls them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from rich.console import Console
+from typer.testing import CliRunner
+
+from spotspeed import cli
+from spotspeed.core.manifest import Ticket
+from spotspeed.storage.local import LocalStorage
+from spotspeed.storage.throttle import Throttle
+
+Save = Callable[..., Ticket]
+
+
+@pytest.fixture
+def storage(tmp_path: Path, seal_small: Save) -> LocalStorage:
+    """Three sealed checkpoints of two ranks."""
+    storage = LocalStorage(tmp_path / "run")
+    for step in (10, 20, 30):
+        seal_small(storage, 1, step)
+    return storage
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, words)
+
+
+def document(*words: str, code: int = 0) -> Any:
+    """The JSON document on stdout, which is all that is there."""
+    result = call(*words, "--json")
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+def test_list_shows_the_newest_first(storage: LocalStorage) -> None:
+    found = document("list", storage.url)
+    assert [info["step"] for info in found["sealed"]] == [30, 20, 10]
+    text = call("list", storage.url).stdout
+    assert text.index("global_step30") < text.index("global_step10")
+
+
+def test_show_names_every_tensor(storage: LocalStorage) -> None:
+    found = document("show", storage.url, "global_step20")
+    assert found["step"] == 20 and found["world_size"] == 2
+    assert [(row["name"], row["kind"], row["shape"]) for row in found["tensors"]] == [
+        ("weight", "fp32", [16])
+    ]
+    assert "weight" in call("show", storage.url).stdout
+
+
+def test_verify_reads_every_byte_once(storage: LocalStorage) -> None:
+    found = document("verify", storage.url)
+    assert found["is_whole"] and len(found["checkpoints"]) == 3
+    for one in found["checkpoints"]:
+        sizes = {info.key: info.size_bytes for info in storage.list(one["directory"])}
+        # The manifest, which says what to read, is not counted.
+        sizes.pop(f"{one['directory']}/manifest.json")
+        assert (one["bytes_read"], one["files"]) == (sum(sizes.values()), len(sizes) + 1)
+    result = call("verify", storage.url, "global_step10")
+    assert result.exit_code == 0 and result.stdout.count("whole") == 1
+
+
+def test_a_file_damaged_by_hand_is_named_whichever_it_is(storage: LocalStorage) -> None:
+    names = [info.key for info in storage.list() if "step-000000000020" in info.key]
+    assert len(names) == 5
+    for name in names:
+        file = Path(storage.url) / name
+        content = file.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        for damaged in (flipped, content[:-1], content + b"x", b"", None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            if damaged is None and name.endswith("manifest.json"):
+                assert len(document("verify", storage.url)["checkpoints"]) == 2
+                assert document("list", storage.url)["unsealed"] == [name.split("/")[0]]
+            else:
+                found = document("verify", storage.url, code=1)
+                said = [text for one in found["checkpoints"] for text in one["damages"]]
+                assert said and all(Path(name).name in text for text in said), (name, said)
+                assert call("verify", storage.url).exit_code == 1
+            file.write_bytes(content)
+    assert document("verify", storage.url)["is_whole"]
+
+
+def test_the_bar_is_for_terminals_only(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on(*, is_terminal: bool, words: tuple[str, ...] = ()) -> str:
+        screen = io.StringIO()
+        console = Console(file=screen, force_terminal=is_terminal, width=160, stderr=False)
+        monkeypatch.setattr(cli, "errors", console)
+        assert call("verify", storage.url, *words).exit_code == 0
+        return screen.getvalue()
+
+    bar = on(is_terminal=True)
+    assert "step-000000000010" in bar and "49.5/49.5 KiB" in bar
+    assert on(is_terminal=False) == on(is_terminal=True, words=("--json",)) == ""
+
+
+def test_a_limit_holds_the_reading_back(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(
+        cli, "Throttle", lambda rate: Throttle(rate, clock=lambda: 0.0, sleep=waited.append)
+    )
+    found = document("verify", storage.url, "global_step10", "--limit-mb", "1")
+    assert max(waited) >= 0.8 * found["checkpoints"][0]["bytes_read"] / 1e6
+
+
+def test_gc_says_first_what_it_then_does(storage: LocalStorage) -> None:
+    planned = document("gc", storage.url, "--keep-last", "1", "--dry-run")
+    assert planned["dry_run"] and len(planned["removals"]) == 2
+    assert len(document("list", storage.url)["sealed"]) == 3
+    done = document("gc", storage.url, "--keep-last", "1")
+    assert done == planned | {"dry_run": False}
+    assert [info["step"] for info in document("list", storage.url)["sealed"]] == [30]
+    assert "removed 0 directories" in call("gc", storage.url).stdout
+
+
+def test_what_is_not_there_is_one_line_and_code_3(tmp_path: Path) -> None:
+    for words in (["show"], ["verify"]):
+        result = call(*words, str(tmp_path / "nothing"))
+        assert result.exit_code == 3 and "there is no sealed checkpoint" in result.output
+    assert call("list", str(tmp_path / "nothing")).exit_code == 0
