@@ -143,9 +143,10 @@ class Planner:
                     (self._near if cost.is_near else self._remote).append(pace)
             if staging.done() and staging.exception() is None:
                 facts = staging.result()
-                busy_s = max(1e-6, facts.elapsed_s - facts.stalled_s)
+                # With what it waited for the pool: one that is too small will hold the next, too.
+                rate = facts.size_bytes / max(1e-6, facts.elapsed_s)
                 self._state_bytes = facts.size_bytes
-                self._stage_bytes_s = max(self._stage_bytes_s, facts.size_bytes / busy_s)
+                self._stage_bytes_s = max(self._stage_bytes_s, rate)
             if seal_s is not None:
                 self._seals_s.append(seal_s)
             measured, places = self._measured(), self._places()

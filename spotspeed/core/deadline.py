@@ -243,7 +243,10 @@ def choose(limits: Limits, measured: Measured, places: Places) -> tuple[Decision
         if is_fit and daring.spare_s >= CAUTION * limits.machine_s:
             decision = daring
         else:
-            decision = _decide_among(limits, measured, [*always, *near])
+            # What stays here is drained some day: larger only where that is what makes it fit.
+            as_seen = _decide_among(limits, measured, near[:1])
+            fits = as_seen.action is Action.SAVE_NODE
+            decision = as_seen if fits else _decide_among(limits, measured, [*always, *near])
     ways = {way.sink: way.orders for way in (*always, *direct, *near)}
     if decision.sink is not None:
         return decision, ways[decision.sink]

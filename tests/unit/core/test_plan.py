@@ -52,6 +52,15 @@ def test_a_save_is_compressed_when_that_is_the_faster_way(pace: Pace, chosen: st
     assert orders == Orders(chosen)
 
 
+@pytest.mark.parametrize(("left_s", "chosen"), [(25.0, ""), (9.0, "none")])
+def test_what_stays_on_the_node_is_compressed_as_always_unless_it_does_not_fit_so(
+    left_s: float, chosen: str
+) -> None:
+    places = Places("s3", Pace(GB // 10), 1.0, near=HARD)
+    decision, orders = choose(Limits(cloud_s=left_s), STATE, places)
+    assert (decision.action, orders) == (Action.SAVE_NODE, Orders(chosen))
+
+
 def test_the_config_has_the_last_word_on_compression() -> None:
     _, orders = choose(Limits(cloud_s=60.0), STATE, Places("s3", HARD, 1.0, compression="zstd"))
     assert orders == Orders("zstd")
