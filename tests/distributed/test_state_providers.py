@@ -49,7 +49,9 @@ def _is_built(operator: str) -> bool:
 
 BUILT = tuple(case for case, operator in WITH_OPERATORS.items() if _is_built(operator))
 CASES = (*FP32, *BF16, *OTHERS, *BUILT)
-TO_THE_SAME = [[ranks, case, case, "middle", "fresh"] for ranks in RANKS for case in CASES]
+EACH = [(case, ranks) for ranks in RANKS for case in CASES]
+IN_FULL = {(case, ranks) for case, ranks in EACH if ranks != 2 and case not in EVERYWHERE}
+"""What only `make test-full` records and resumes: every case runs on two ranks in any case."""
 TO_OTHER_RANKS = [
     (after, [before, case, case, "middle", "fresh"])
     for before in RANKS for after in RANKS for case in EVERYWHERE if before != after
@@ -71,9 +73,19 @@ STAGES_ON = 3
 """Number of ranks on which other stages resume what two ranks wrote."""
 
 
-def _pairs(ranks: int) -> list[list[Any]]:
+def _on_ranks(*cases: str) -> list[Any]:
+    """Test parameters: each of the cases on each number of ranks."""
+    return [
+        pytest.param(case, ranks, id=f"{case}-{ranks}",
+                     marks=[pytest.mark.full] if (case, ranks) in IN_FULL else [])
+        for case, ranks in EACH if case in cases
+    ]  # fmt: skip
+
+
+def _pairs(cases: list[str], ranks: int) -> list[list[Any]]:
     """What is resumed on so many ranks, each once."""
-    wanted = [pair for pair in (*TO_THE_SAME, *TO_THE_BEGINNING) if pair[0] == ranks]
+    wanted = [[ranks, case, case, "middle", "fresh"] for case in cases]
+    wanted += [pair for pair in TO_THE_BEGINNING if pair[0] == ranks]
     wanted += [pair for after, pair in TO_OTHER_RANKS if after == ranks]
     wanted += TO_OTHER_STAGES if ranks == STAGES_ON else []
     if ranks == 2:
@@ -95,19 +107,30 @@ def unpickling() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def recorded(folder: Path, unpickling: None) -> dict[int, Any]:
+def cases(request: pytest.FixtureRequest) -> dict[int, list[str]]:
+    """The cases of this run, by number of ranks."""
+    is_full = any(item.get_closest_marker("full") is not None and item.path == request.path
+                  for item in request.session.items)  # fmt: skip
+    return {
+        ranks: [case for case in CASES if is_full or (case, ranks) not in IN_FULL]
+        for ranks in RANKS
+    }
+
+
+@pytest.fixture(scope="module")
+def recorded(folder: Path, unpickling: None, cases: dict[int, list[str]]) -> dict[int, Any]:
     for ranks in RANKS:
-        run_ranks(ranks, DRIVERS / "state_record.py", str(folder), ",".join(CASES),
+        run_ranks(ranks, DRIVERS / "state_record.py", str(folder), ",".join(cases[ranks]),
                   timeout_s=LIMIT_S)  # fmt: skip
     return {ranks: torch.load(folder / f"w{ranks}.pt", weights_only=False) for ranks in RANKS}
 
 
 @pytest.fixture(scope="module")
-def resumed(folder: Path, recorded: dict[int, Any]) -> dict[int, Any]:
+def resumed(folder: Path, recorded: dict[int, Any], cases: dict[int, list[str]]) -> dict[int, Any]:
     results = {}
     for ranks in RANKS:
         pairs, out = folder / f"pairs{ranks}.json", folder / f"resumed{ranks}.pt"
-        pairs.write_text(json.dumps(_pairs(ranks)))
+        pairs.write_text(json.dumps(_pairs(cases[ranks], ranks)))
         run_ranks(ranks, DRIVERS / "state_resume.py", str(folder), str(pairs), str(out),
                   timeout_s=LIMIT_S)  # fmt: skip
         results[ranks] = torch.load(out, weights_only=False)
@@ -127,8 +150,7 @@ def _differences(before: Any, after: Any) -> list[str]:
     return faults
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "ranks"), _on_ranks(*CASES))
 def test_all_ranks_together_write_each_tensor_exactly_once(
     recorded: dict[int, Any], case: str, ranks: int
 ) -> None:
@@ -144,8 +166,7 @@ def test_all_ranks_together_write_each_tensor_exactly_once(
     assert {"weight:frozen.weight", "weight:frozen.bias"} <= set(result["middle"].tensors)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "ranks"), _on_ranks(*CASES))
 def test_captured_values_are_those_of_deepspeeds_own_accessors(
     recorded: dict[int, Any], case: str, ranks: int
 ) -> None:
@@ -154,8 +175,7 @@ def test_captured_values_are_those_of_deepspeeds_own_accessors(
     assert compared >= 8 or case.startswith("s0") or "rr" in case
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("case", FP32)
+@pytest.mark.parametrize(("case", "ranks"), _on_ranks(*FP32))
 def test_captured_values_are_those_of_one_process_without_zero(
     recorded: dict[int, Any], case: str, ranks: int
 ) -> None:
@@ -165,8 +185,7 @@ def test_captured_values_are_those_of_one_process_without_zero(
         torch.testing.assert_close(values, plain[key], rtol=1e-4, atol=1e-7, msg=key)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "ranks"), _on_ranks(*CASES))
 def test_a_resume_on_as_many_ranks_continues_bit_for_bit(
     recorded: dict[int, Any], resumed: dict[int, Any], case: str, ranks: int
 ) -> None:
@@ -227,7 +246,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name(
 
 def test_groups_and_aliases_are_given_by_name(recorded: dict[int, Any]) -> None:
     for ranks in RANKS:
-        for case in FP32 + BF16:
+        for case in set(FP32 + BF16) & set(recorded[ranks]):
             model = recorded[ranks][case]["describe"]
             groups = [{name for name in group if not name.startswith("frozen.")
                        and name != "child.empty"} for group in model["groups"]]  # fmt: skip
