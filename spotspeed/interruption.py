@@ -135,7 +135,7 @@ class Interruption:
         if cut.lost:
             why = f"rank {cut.lost[0]} is lost, and its part of step {cut.step} with it"
             return coordinator.report_failed(cut.round, why)
-        if cut.stop:
+        if cut.stop and cut.round not in self._captures:
             left_s = cut.seconds_left
             left_s = self._config.notice.deadline_s if left_s is None else left_s
             plan = self.planner.plan(cut.step, cut.source, left_s, self._session.known_tag())
