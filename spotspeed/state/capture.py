@@ -22,7 +22,7 @@ def live_pieces(layout: Layout) -> Iterator[Piece]:
     optimizer = layout.optimizer
     for partition in layout.partitions():
         rule = rule_for(optimizer, partition.hyper)
-        state = optimizer.state.get(partition.master) or {}
+        state = partition.state_in(optimizer)
         owner = partition.slots[0].name if partition.slots else "(padding)"
         shapes = {key: torch.Size([own.count]) for key, own in partition.own.items()}
         elementwise, scalars = split_state(state, rule, partition.master, owner, shapes)
@@ -65,7 +65,7 @@ def expected_bytes(layout: Layout, *, but: Container[str] = ()) -> int:
     optimizer, total = layout.optimizer, 0
     for partition in layout.partitions():
         rule = rule_for(optimizer, partition.hyper)
-        state = optimizer.state.get(partition.master) or {}
+        state = partition.state_in(optimizer)
         item_bytes = partition.master.element_size()
         for key in rule.elementwise:
             present, own = state.get(key), partition.own.get(key)

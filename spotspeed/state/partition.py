@@ -8,7 +8,7 @@ updates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,13 +47,35 @@ class OwnState:
     is_made: bool = True
 
 
+class Swapped(Protocol):
+    """A master and its optimizer state in files, from one optimizer step to the next."""
+
+    @property
+    def key(self) -> torch.Tensor:
+        """The tensor that stands for the master meanwhile, and does not hold it."""
+        ...
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """Views of the files, by kind; writing to a view writes the file."""
+        ...
+
+    def make(self, kinds: Sequence[str]) -> None:
+        """Make files of zeros for the kinds of state that the master lacks."""
+        ...
+
+    def drop(self) -> None:
+        """Forget all optimizer state, as if the master had never been stepped."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Partition:
     """One master tensor, equal on all of `replica_count` replicas.
 
     `names` are the parameters whose elements the partitions of this kind hold on all ranks
     together, also when this rank holds none of them; `hyper` is the optimizer's param_group;
-    `own` is the state, by kind, that has a layout of its own.
+    `own` is the state, by kind, that has a layout of its own. `swapped` is set where master and
+    state lie in files: `master` is a view of its file then.
     """
 
     master: torch.Tensor
@@ -63,6 +85,17 @@ class Partition:
     replica_index: int = 0
     replica_count: int = 1
     own: Mapping[str, OwnState] = field(default_factory=dict)
+    swapped: Swapped | None = None
+
+    @property
+    def key(self) -> torch.Tensor:
+        """What the optimizer's `state` knows this master by."""
+        return self.master if self.swapped is None else self.swapped.key
+
+    def state_in(self, optimizer: Any) -> dict[str, Any]:
+        """The optimizer's state of this master, wherever it lies; empty before it is made."""
+        state = dict(optimizer.state.get(self.key) or {})
+        return state if self.swapped is None else {**state, **self.swapped.state()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,10 @@ from spotspeed.state.partition import Partition
 
 SUPPORTED = (
     "supported are ZeRO stages 0 to 3 and BF16_Optimizer in device memory or with CPU offload, "
-    "in data parallelism, and with pipeline or expert parallelism"
+    "the optimizer of stage 3 on NVMe, in data parallelism, and with pipeline or expert parallelism"
 )
+SWAPPABLE = ("Adam", "AdamW", "DeepSpeedCPUAdam")
+"""Optimizers whose state may lie on NVMe: it is made in the first step, all of it by its master."""
 
 
 def require(owner: Any, *attributes: str) -> None:
@@ -89,13 +91,25 @@ def _tensor_parallel_size(engine: Any) -> int:
 
 def _unsupported_offload(optimizer: Any) -> Iterable[str]:
     if getattr(optimizer, "swap_optimizer", False):
-        yield "optimizer state on NVMe (offload_optimizer.device nvme)"
+        yield from _unsupported_swap(optimizer)
     if getattr(optimizer, "params_in_nvme_and_cpu", False):
         yield "parameters on NVMe (offload_param.device nvme)"
     if set(getattr(optimizer, "subgroup_to_device", {}).values()) - {"cpu"}:
         yield "an offload_optimizer.ratio below 1 (state in two optimizers)"
     if getattr(optimizer, "zero_quantized_nontrainable_weights", False):
         yield "zero_quantized_nontrainable_weights"
+
+
+def _unsupported_swap(optimizer: Any) -> Iterable[str]:
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    swapper = getattr(optimizer, "optimizer_swapper", None)
+    if kind not in SWAPPABLE:
+        yield f"the state of {kind} on NVMe (of {', '.join(SWAPPABLE)} it is)"
+    missing = [name for name in ("swap_params_info", "swap_in_optimizer_state",
+                                 "swap_out_optimizer_state")
+               if not hasattr(swapper, name)]  # fmt: skip
+    if missing:
+        yield f"a swapper without {', '.join(missing)}"
 
 
 def _size(engine: Any, method: str) -> int:

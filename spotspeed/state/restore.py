@@ -105,9 +105,14 @@ class Restore:
         optimizer = self.layout.optimizer
         with_state = [name for name in partition.names if kinds.get(name)]
         if not with_state:
-            optimizer.state.pop(partition.master, None)
+            if partition.swapped is not None:
+                partition.swapped.drop()
+            optimizer.state.pop(partition.key, None)
             return
-        rule, state = rule_for(optimizer, partition.hyper), optimizer.state[partition.master]
+        rule, state = rule_for(optimizer, partition.hyper), optimizer.state[partition.key]
+        if partition.swapped is not None:
+            partition.swapped.make(rule.elementwise)
+            state = partition.state_in(optimizer)
         for kind in rule.elementwise:
             own = partition.own.get(kind)
             if own is not None and not own.count:
@@ -166,7 +171,7 @@ class Restore:
 
     def _store_scalar(self, scalar: _Scalar) -> None:
         partition = scalar.partition
-        state = self.layout.optimizer.state[partition.master]
+        state = self.layout.optimizer.state[partition.key]
         target = ScalarTarget.of(partition.master, partition.hyper)
         value = next(iter(scalar.values.values()))
         store_scalar(state, scalar.key, value, scalar.rule, target)

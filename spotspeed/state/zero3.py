@@ -12,6 +12,7 @@ import torch
 
 from spotspeed.core.interval import Interval
 from spotspeed.errors import CaptureError
+from spotspeed.state.nvme import swapped_group
 from spotspeed.state.parameters import ParameterNames, count_of, replica_of, shape_of
 from spotspeed.state.partition import OwnState, Partition, Resident, Slot
 from spotspeed.state.probe import check_geometry, require
@@ -40,8 +41,10 @@ class Zero3Layout:
 
     def partitions(self) -> list[Partition]:
         found = []
-        for index, master in enumerate(self._zero.fp32_partitioned_groups_flat):
+        for index, live in enumerate(self._zero.fp32_partitioned_groups_flat):
             slots, offset = [], 0
+            swapped = swapped_group(self._zero, index)
+            master = live if swapped is None else swapped.master()
             for parameter in self._zero.fp16_groups[index]:
                 interval = _shard(parameter)
                 if interval.count:
@@ -51,7 +54,8 @@ class Zero3Layout:
                 offset += int(parameter.partition_numel())
             names = tuple(self._names.of(parameter) for parameter in self._zero.fp16_groups[index])
             own = self._momentum(index, master, tuple(slots))
-            found.append(Partition(master, tuple(slots), names, self._hyper(index), own=own))
+            found.append(Partition(master, tuple(slots), names, self._hyper(index), own=own,
+                                   swapped=swapped))  # fmt: skip
         return found
 
     def residents(self) -> list[Resident]:

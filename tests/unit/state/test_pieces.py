@@ -110,7 +110,7 @@ def _engine(**optimizer: Any) -> Any:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"swap_optimizer": True}, "optimizer state on NVMe"),
+        ({"swap_optimizer": True}, "the state of SimpleNamespace on NVMe"),
         ({"params_in_nvme_and_cpu": True}, "parameters on NVMe"),
         ({"subgroup_to_device": {0: "cpu", 1: "cuda"}}, "offload_optimizer.ratio below 1"),
         ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights"),
