@@ -106,6 +106,15 @@ def test_the_grace_period_of_the_pod_covers_hook_and_supervisor() -> None:
     assert float(hook["--deadline"]) < grace_s and float(hook["--timeout"]) < grace_s
 
 
+def test_the_kubernetes_job_is_one_by_its_schema() -> None:
+    kubernetes = pytest.importorskip(
+        "kubernetes_validate",
+        reason="kubernetes-validate is not installed: pip install kubernetes-validate",
+    )
+    for document in yaml.safe_load_all(KUBERNETES.read_text()):
+        kubernetes.validate(document, kubernetes.latest_version(), strict=True)
+
+
 def test_without_a_deadline_a_supervisor_takes_what_the_scheduler_leaves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
