@@ -232,15 +232,25 @@ def follow(job: Job, cut: Cut, began: float) -> None:
 
 
 def first_agreement(job: Job, cut: Cut, began: float) -> list[Record]:
-    """What every rank said of the first round, of this kind, that all agreed on since then."""
+    """What every rank said of the round, of this kind, that answers what was asked for then.
+
+    That is one that was agreed on since then, or one that was not yet copied: wishes join it.
+    """
     found: list[Record] = []
+
+    def is_late(by_rank: dict[int, Record]) -> bool:
+        step = by_rank[0]["step"]
+        directories = {r["directory"] for r in job.of("sealed") if r["step"] == step}
+        copied = [r["at"] for r in job.of("staged") if r["directory"] in directories]
+        return max(*copied, *(r["at"] for r in by_rank.values())) >= began
 
     def is_there() -> bool:
         rounds: dict[int, dict[int, Record]] = {}
-        for record in job.of("agreed", began):
+        for record in job.of("agreed"):
             if record["stop"] is cut.is_stop:
                 rounds.setdefault(record["round"], {})[record["rank"]] = record
-        whole = [by_rank for _, by_rank in sorted(rounds.items()) if len(by_rank) == job.ranks]
+        whole = [by_rank for _, by_rank in sorted(rounds.items())
+                 if len(by_rank) == job.ranks and is_late(by_rank)]  # fmt: skip
         found[:] = whole[0].values() if whole else ()
         return bool(whole)
 
