@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spotspeed.coordinator.forks import abandon_on_fork
-from spotspeed.coordinator.mpi_world import MpiWorld
+from spotspeed.coordinator.mpi_world import MpiWorld, calls
 from spotspeed.coordinator.transport import (
     QUEUE_BYTES_MAX,
     PeerDown,
@@ -105,7 +105,9 @@ class MpiTransport:
 
     def handle(self) -> list[TransportEvent]:
         if not self._is_closed:
-            self._work(time.monotonic())
+            with calls.lock:
+                if not calls.is_over:
+                    self._work(time.monotonic())
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wakeup_fd)
         events, self._events = self._events, []
@@ -138,10 +140,10 @@ class MpiTransport:
     def close(self, *, drain_s: float = 0.0) -> None:
         if self._is_closed:
             return
-        for rank, peer in self._peers.items():
+        for rank, peer in tuple(self._peers.items()):
             self._post(rank, peer, _GOODBYE)
         deadline_s = time.monotonic() + drain_s
-        while any(peer.sending for peer in self._peers.values()):
+        while not calls.is_over and any(peer.sending for peer in self._peers.values()):
             self._complete_sends()
             if time.monotonic() >= deadline_s:
                 break
@@ -225,9 +227,12 @@ class MpiTransport:
     def _post(self, to: int, peer: _Peer, kind: int, payload: bytes = b"") -> None:
         frame = _HEADER.pack(kind, self._rank) + payload
         try:
-            request = self._communicator.Isend(
-                [frame, self._mpi.BYTE], dest=self._places[to], tag=to
-            )
+            with calls.lock:
+                if calls.is_over:
+                    return
+                request = self._communicator.Isend(
+                    [frame, self._mpi.BYTE], dest=self._places[to], tag=to
+                )
         except self._mpi.Exception as error:
             self._end(to, f"MPI cannot reach it: {error}")
             return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,17 @@ _POLL_S = 0.001
 _LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 _INSTEAD = 'leave "coordinator.transport" out to use sockets'
 _SLOT_BYTES = 64
+
+
+class Calls:
+    """Keeps the control thread out of MPI from when the main thread begins to finalise it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.is_over = False
+
+
+calls = Calls()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +130,10 @@ def _threaded_mpi(world_size: int) -> Any:
 
 def _finalize_at_exit(mpi: Any) -> None:
     """A rank that ends without it makes the launcher end all the others."""
-    import atexit
 
     def finalize() -> None:
+        with calls.lock:
+            calls.is_over = True
         if not mpi.Is_finalized():
             mpi.Finalize()
 
