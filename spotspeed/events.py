@@ -74,7 +74,10 @@ class Planned(Event):
 
 @dataclass(frozen=True, slots=True)
 class Forecast(Event):
-    """What a notice of `notice_s` seconds can save, by what the saves so far have taken."""
+    """What a notice of `notice_s` seconds can save, by what the saves so far have taken.
+
+    `state_bytes` and `largest_bytes` are one rank's.
+    """
 
     notice_s: float
     action: str
@@ -86,8 +89,12 @@ class Forecast(Event):
 
 @dataclass(frozen=True, slots=True)
 class Unsafe(Event):
-    """The state does not become durable within the notice that is to be expected here."""
+    """This rank's state does not become durable at `path` within a notice.
 
+    That which is to be expected here or, when one has come, what is left of it.
+    """
+
+    rank: int
     notice_s: float
     done_s: float
     state_bytes: int

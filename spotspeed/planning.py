@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 import time
 from collections import deque
@@ -36,7 +37,9 @@ AGREEMENT_S = 0.1
 LAUNCHER_GRACE_S = 30.0
 """torchrun's --shutdown-timeout, and what `deepspeed` waits for a rank."""
 REMEMBERED = 3
-"""Saves, and steps, of which the slowest counts."""
+"""Saves of which the slowest counts."""
+STEPS = 5
+"""Steps of which the one in the middle counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class Planner:
         self._remote: deque[Pace] = deque(maxlen=REMEMBERED)
         self._near: deque[Pace] = deque(maxlen=REMEMBERED)
         self._seals_s: deque[float] = deque(maxlen=REMEMBERED)
-        self._steps_s: deque[float] = deque(maxlen=REMEMBERED)
+        self._steps_s: deque[float] = deque(maxlen=STEPS)
         self._stepped_at: float | None = None
         self._is_fit: bool | None = None
         self._lock = threading.Lock()
@@ -122,7 +125,7 @@ class Planner:
             if decision.action is not Action.SAVE_NODE:
                 reason += f"; nothing newer than {newest} can make it"
             events.emit(events.Unsafe(
-                _short(left_s), _short(decision.done_s), measured.state_bytes,
+                self._rank, _short(left_s), _short(decision.done_s), measured.state_bytes,
                 _Ahead(measured, places).largest_bytes(left_s), reason,
             ))  # fmt: skip
         events.emit(events.Planned(
@@ -155,7 +158,8 @@ class Planner:
 
     def _look_ahead(self, measured: Measured, places: Places) -> None:
         """Say once what notices can save, and warn when the expected one begins to be too short."""
-        step_s = max(self._steps_s, default=0.0)
+        # An evaluation or a compilation between two steps is nothing that a cut waits for.
+        step_s = statistics.median(self._steps_s) if self._steps_s else 0.0
         ahead = _Ahead(measured.after_notice(agreement_s=self._agreement_s, step_s=step_s), places)
         before = self._is_fit
         for notice_s in NOTICES_S if before is None and self._rank == 0 else ():
@@ -168,7 +172,7 @@ class Planner:
         self._is_fit = decision.action is Action.SAVE
         if not self._is_fit and before in (None, True):
             events.emit(events.Unsafe(
-                self._expected_s, _short(decision.done_s), measured.state_bytes,
+                self._rank, self._expected_s, _short(decision.done_s), measured.state_bytes,
                 ahead.largest_bytes(self._expected_s), decision.reason,
             ))  # fmt: skip
 
