@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from spotspeed import events
@@ -14,6 +15,7 @@ from spotspeed.errors import CorruptionError, FormatError, ObjectNotFoundError, 
 from spotspeed.storage.contract import Storage
 
 _THREADS = 8
+_NUMBERED = re.compile(r"-(\d{1,18})$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,11 @@ def describe(manifest: Manifest) -> CheckpointInfo:
                           ticket.created_unix_s, manifest.object_bytes)  # fmt: skip
 
 
-def _age(info: CheckpointInfo) -> tuple[int, int, int, str]:
-    return info.epoch, info.step, info.created_unix_s, info.directory
+def _age(info: CheckpointInfo) -> tuple[int, int, int, int, str]:
+    # Saves by name are numbered in their order by each launch, so that those of one second have one.
+    numbered = _NUMBERED.search(info.directory)
+    number = int(numbered[1]) if numbered else 0
+    return info.epoch, info.step, info.created_unix_s, number, info.directory
 
 
 def _lineage(storage: Storage, newest: int, oldest: int) -> Lineage:

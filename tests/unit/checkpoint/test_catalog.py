@@ -104,6 +104,17 @@ def test_two_saves_at_one_step_are_told_apart(storage: Storage, seal_small: Save
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 500, b"{}", b"{"])
+def test_named_saves_of_one_second_have_the_order_in_which_they_were_made(
+    storage: Storage, seal_small: Save
+) -> None:
+    names = ["d11-2", "dff-9", "d00-10", "d77-101"]
+    for attempt in (names[2], names[0], names[3], names[1]):
+        seal_small(storage, 1, 10, attempt=attempt, created_unix_s=100)
+    seal_small(storage, 1, 10, attempt="dee-1", created_unix_s=101)
+    listed = [info.directory.rpartition(".")[2] for info in list_sealed(storage)]
+    assert listed == ["dee-1", *reversed(names)]
+
+
 def test_a_damaged_manifest_is_told_and_the_others_are_listed(
     storage: Storage, seal_small: Save, heard: list[events.Event], data: bytes
 ) -> None:
