@@ -8,17 +8,18 @@ part. The degrees themselves are fixed: another degree is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from deepspeed import comm
 from deepspeed.moe.layer import MoE
 
-from spotspeed.errors import FormatError, InvalidLayoutError
+from spotspeed.errors import FormatError, InvalidLayoutError, SpotSpeedError
 from spotspeed.state.parameters import ParameterNames, replica_of, shape_of
 from spotspeed.state.piece import dtype_name
 
+T = TypeVar("T")
 PIPELINE, EXPERT = "pipeline", "expert"
 
 
@@ -82,6 +83,25 @@ class _Card:
 def is_divided(engine: Any) -> bool:
     """Whether pipelines or experts divide the model among the ranks; local."""
     return bool(_degrees(engine))
+
+
+def on_every_rank(action: Callable[[], T]) -> T:
+    """This rank's result of `action`; the first rank's SpotSpeedError on every rank if any raised.
+
+    Collective: what comes after it is only reached by all ranks or by none.
+    """
+    objection: tuple[type[SpotSpeedError], str] | None = None
+    try:
+        result = action()
+    except SpotSpeedError as error:
+        objection = (type(error), str(error))
+    gathered: list[Any] = [None] * comm.get_world_size()
+    comm.all_gather_object(gathered, objection)
+    for rank, found in enumerate(gathered):
+        if found is not None:
+            kind, text = found
+            raise kind(f"rank {rank}: {text}")
+    return result
 
 
 def mesh_of(engine: Any, trained: frozenset[str]) -> Mesh:

@@ -18,7 +18,7 @@ from spotspeed.state.capture import expected_bytes, live_pieces, underived_piece
 from spotspeed.state.fit import ALL, Wanted, check_optimizer, check_parameters
 from spotspeed.state.fp16_fused import FusedLayout
 from spotspeed.state.fp16_unfused import UnfusedLayout
-from spotspeed.state.mesh import describe_parameters, mesh_of
+from spotspeed.state.mesh import describe_parameters, is_divided, mesh_of, on_every_rank
 from spotspeed.state.optimizers import rule_for
 from spotspeed.state.parameters import ParameterNames, count_of, shape_of
 from spotspeed.state.partition import Layout
@@ -120,10 +120,19 @@ _LAYOUTS: dict[str, type[Any]] = {
 def provider_for(engine: Any) -> StateProvider:
     """The provider of an initialised engine, after probing that all it reads is there.
 
-    Raises UnsupportedLayoutError naming what was found and what is supported.
+    Collective where pipelines or experts divide the model. Raises UnsupportedLayoutError naming
+    what was found and what is supported; there on every rank, also when one rank alone found it.
     """
+    if is_divided(engine):
+        return EngineState(engine, on_every_rank(lambda: _layout_of(engine)))
+    return EngineState(engine, _layout_of(engine))
+
+
+def _layout_of(engine: Any) -> Layout:
+    """The layout of an engine that is supported; local."""
     refuse_unsupported(engine)
     kind = type(engine.optimizer)
+    layout: Layout
     if kind.__module__.startswith("deepspeed.runtime.") and kind.__name__ in _LAYOUTS:
         layout = _LAYOUTS[kind.__name__](engine)
     elif isinstance(engine.optimizer, torch.optim.Optimizer):
@@ -133,7 +142,9 @@ def provider_for(engine: Any) -> StateProvider:
             f"not supported: {kind.__module__}.{kind.__qualname__} as the engine's optimizer; "
             f"{SUPPORTED}"
         )
-    return EngineState(engine, layout)
+    for group in layout.optimizer.param_groups:
+        rule_for(layout.optimizer, group)
+    return layout
 
 
 class EngineState:
@@ -145,8 +156,6 @@ class EngineState:
         self._restore: Restore | None = None
         self._master_dtype: str | None = None
         self._mesh = mesh_of(engine, self._trained(layout.group_names()))
-        for group in layout.optimizer.param_groups:
-            rule_for(layout.optimizer, group)
 
     @property
     def name(self) -> str:

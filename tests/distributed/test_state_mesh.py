@@ -207,11 +207,16 @@ def test_some_steps_of_fp16_overflow_before_the_save(runs: Runs) -> None:
         assert 0 < skipped < 3
 
 
-def test_a_pipeline_of_two_stages_resumes_bit_for_bit(tmp_path: Path, unpickling: None) -> None:
+def test_a_pipeline_resumes_bit_for_bit_and_is_refused_by_all_ranks_or_none(
+    tmp_path: Path, unpickling: None
+) -> None:
     before = _run("record", tmp_path, 2, ["pipe-1"])["pipe-1"]
-    results = _run("resume", tmp_path, 2, [(2, "pipe-1", "pipe-1"), (2, "pipe-1", "pipe-of-1")])
+    targets = ("pipe-1", "pipe-of-1", "1@pipe-1")
+    results = _run("resume", tmp_path, 2, [(2, "pipe-1", target) for target in targets])
     _assert_continues(before, results[2, "pipe-1", "pipe-1"])
     assert "pipeline parallelism 2" in results[2, "pipe-1", "pipe-of-1"]["error"]
+    refused = results[2, "pipe-1", "1@pipe-1"]["error"]
+    assert refused.startswith("UnsupportedLayoutError: rank 1: "), "rank 0 does not wait for it"
 
 
 @pytest.mark.full

@@ -36,6 +36,7 @@ CASES = {
     "zero0": {"zero_optimization": {"stage": 0}},
     "zero0-bf16": {"zero_optimization": {"stage": 0}, **BF16},
     "zero1": {"zero_optimization": {"stage": 1}, **BF16, **WARMUP},
+    "zero1-batchnorm": {"zero_optimization": {"stage": 1}},
     "zero1-bf16-optimizer": {"zero_optimization": {"stage": 1}, **BF16,
                              "data_types": {"grad_accum_dtype": "fp32"}},
     "zero2-fp16": {"zero_optimization": {"stage": 2}, **FP16},
@@ -48,10 +49,10 @@ CASES = {
 class Model(torch.nn.Module):
     """Dropout, a running mean, a buffer made by the first forward, Python's and numpy's chance."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: type[torch.nn.Module]) -> None:
         super().__init__()
         self.first, self.second = torch.nn.Linear(8, 16), torch.nn.Linear(16, 1)
-        self.norm = torch.nn.LayerNorm(16)
+        self.norm = norm(16)
         self.register_buffer("running", torch.zeros(16))
         self.register_buffer("seen", None, persistent=False)
         self.register_buffer("spread", torch.zeros(1).expand(4), persistent=True)
@@ -136,11 +137,12 @@ def put_back(engine, small, kept):
     return job
 
 
-def build(config, seed):
+def build(name, seed):
+    config = CASES[name]
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    model = Model()
+    model = Model(torch.nn.BatchNorm1d if "batchnorm" in name else torch.nn.LayerNorm)
     groups = [
         {"params": list(model.first.parameters()), "lr": 2e-2, "weight_decay": 0.0},
         {"params": [*model.norm.parameters(), *model.second.parameters()]},
@@ -195,8 +197,9 @@ def rates(engine):
     return [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
 
 
-def run_case(name, config):
-    engine, small = build(config, seed=11 + int(os.environ["RANK"]))
+def run_case(name):
+    config = CASES[name]
+    engine, small = build(name, seed=11 + int(os.environ["RANK"]))
     batches = data(engine, small, None)
     saver = Saver(small)
     boundary.bind(engine, saver)
@@ -208,7 +211,7 @@ def run_case(name, config):
     boundary.unbind(engine)
     engine.destroy()
 
-    engine, small = build(config, seed=999)
+    engine, small = build(name, seed=999)
     job = put_back(engine, small, saver.kept)
     found = train(engine, data(engine, small, job["cursor"]), LAST)
     assert len(found) == len(expected) == 2 * (LAST - CUT)
@@ -236,7 +239,7 @@ def main() -> None:
     get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed("gloo")
     for name in sys.argv[1:] or CASES:
-        run_case(name, CASES[name])
+        run_case(name)
 
 
 if __name__ == "__main__":

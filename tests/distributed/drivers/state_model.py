@@ -69,6 +69,10 @@ class Case:
     """Rows of 6 of a frozen weight: 5000 of them are 99 % of the model."""
     needs: str | None = None
     """The DeepSpeed operator that has to be built, if any."""
+    accumulation: int = 1
+    """Micro batches of a step, each of GLOBAL_BATCH samples on all ranks together."""
+    sequence: int = 1
+    """Ranks that share a sequence (Ulysses), where the number of ranks divides by it."""
 
 
 def _zero(stage: int, **settings: Any) -> dict[str, Any]:
@@ -148,9 +152,27 @@ def _full_cases() -> list[Case]:
              is_grouped=False, **three),
         Case("z1-rr", {**_zero(1, round_robin_gradients=True), **BF16}),
         *_muon_cases(),
+        *_mesh_cases(),
+        Case("s0-gas", {**_zero(0), **BF16}, accumulation=2),
+        Case("z2-host-gas", {**host2, **BF16}, accumulation=2),
+        Case("z3-host-gas", {**host3, **BF16}, accumulation=2, **three),
         Case("z2-lora", {**_zero(2), **BF16}, frozen_rows=5000),
         Case("z3-lora", {**_zero(3, **SMALL3), **BF16}, frozen_rows=5000, **three),
     ]  # fmt: skip
+
+
+def _mesh_cases() -> list[Case]:
+    """Ranks in groups: sequences shared by two (Ulysses), and secondary shards (hpZ)."""
+    three = {"with_empty": False}
+    secondary = _zero(3, **{**SMALL3, "stage3_param_persistence_threshold": 0},
+                      zero_hpz_partition_size=2)  # fmt: skip
+    return [
+        Case("s0-ulysses", _zero(0), sequence=2),
+        Case("z1-ulysses", _zero(1), sequence=2),
+        Case("z2-ulysses", {**_zero(2), **BF16}, sequence=2),
+        Case("z3-ulysses", {**_zero(3, **SMALL3), **BF16}, sequence=2, **three),
+        Case("z3-hpz", {**secondary, **BF16}, **three),
+    ]
 
 
 def _muon_cases() -> list[Case]:
@@ -185,17 +207,26 @@ def build(case: Case, *, seed: int = 11) -> Any:
     ranks = deepspeed.comm.get_world_size()
     torch.manual_seed(seed)
     model = Tiny(case.with_empty, frozen_rows=case.frozen_rows)
+    shared = case.sequence if ranks % case.sequence == 0 else 1
+    micro = GLOBAL_BATCH * shared // ranks
     config = {
-        "train_batch_size": GLOBAL_BATCH, "train_micro_batch_size_per_gpu": GLOBAL_BATCH // ranks,
-        "gradient_clipping": 1.0, "steps_per_print": 10**9, **case.config,
+        "train_batch_size": GLOBAL_BATCH * case.accumulation,
+        "train_micro_batch_size_per_gpu": micro, "gradient_clipping": 1.0,
+        "steps_per_print": 10**9, **case.config,
     }  # fmt: skip
+    if shared > 1:  # ZeRO-3 parses the config again, and does not know then who shares.
+        config["gradient_accumulation_steps"] = config.pop("train_batch_size") // GLOBAL_BATCH
+    if "zero_hpz_partition_size" in config["zero_optimization"] and ranks % 2:
+        zero = {**config["zero_optimization"], "zero_hpz_partition_size": ranks}
+        config["zero_optimization"] = zero
     optimizer, groups = _optimizer(case, model), None
     if case.optimizer == "muon":
         config |= {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "torch_adam": True}}}
         groups = _groups(model)
     engine, _, _, _ = deepspeed.initialize(
-        model=model, optimizer=optimizer, model_parameters=groups, config=config
-    )
+        model=model, optimizer=optimizer, model_parameters=groups, config=config,
+        mesh_param=(ranks // shared, shared) if shared > 1 else None,
+    )  # fmt: skip
     return engine
 
 
@@ -246,12 +277,14 @@ def train(engine: Any, steps: int) -> list[float]:
     rank, ranks = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     for _ in range(steps):
         generator = torch.Generator().manual_seed(1000 + engine.global_steps)
-        tokens = torch.randint(0, 7, (GLOBAL_BATCH,), generator=generator)
-        share = GLOBAL_BATCH // ranks
-        loss = engine(tokens[rank * share : (rank + 1) * share])
-        engine.backward(loss)
-        engine.step()
-        total = loss.detach().clone()
+        total = torch.zeros(1)
+        for _ in range(engine.gradient_accumulation_steps()):
+            tokens = torch.randint(0, 7, (GLOBAL_BATCH,), generator=generator)
+            share = GLOBAL_BATCH // ranks
+            loss = engine(tokens[rank * share : (rank + 1) * share])
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().float()
         deepspeed.comm.all_reduce(total)
         losses.append(float(total) / ranks)
     return losses
