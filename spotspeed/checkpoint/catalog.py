@@ -134,7 +134,7 @@ def describe(manifest: Manifest) -> CheckpointInfo:
 
 
 def _age(info: CheckpointInfo) -> tuple[int, int, int, int, str]:
-    # Saves by name are numbered in their order by each launch, so that those of one second have one.
+    # Each launch numbers its saves by name, so that those of one second have an order.
     numbered = _NUMBERED.search(info.directory)
     number = int(numbered[1]) if numbered else 0
     return info.epoch, info.step, info.created_unix_s, number, info.directory
