@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -74,6 +75,8 @@ REASONS = (
     "SIGTERM to mpirun: it kills its ranks 0.3 s after it has passed the signal on. What counts is "
     "that the saver, which it cannot reach, seals the step that the ranks had agreed on.",
     "torchrun gives 1 whatever its ranks give; `spotspeed supervise` gives 75.",
+    "`first`: a save and then a stop while the first batch is awaited, both at step 0: where both "
+    "are of one step, the stop is answered by what the save has sealed.",
 )
 HEADINGS = ("launcher", "notice", "heard by", "ranks are in", "durable", *STAGES, "code")
 TITLE = "## evidence.py: any launcher, any notice, any moment"
@@ -283,7 +286,8 @@ def lines_of(cells: list[Cell], seed: int) -> Iterator[str]:
     for cell in cells:
         yield "| " + " | ".join(cell.row()) + " |"
     yield ""
-    yield from ("- " + reason for reason in REASONS)
+    for reason in REASONS:
+        yield from textwrap.wrap(f"- {reason}", 99, subsequent_indent="  ")
 
 
 def recorded(file: pathlib.Path | None) -> dict[Combination, Cell]:
