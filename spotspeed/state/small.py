@@ -138,6 +138,7 @@ class SmallState:
             "seed": self._seed,
             "world_size": self._world_size,
             "counters": record.counters,
+            "global_batch": int(self._engine.train_batch_size()),
             "schedule": record.schedule,
             "groups": groups.describe(record.groups, self._group_names()),
             "scaler": scaler.describe(record.scaler),
@@ -203,6 +204,7 @@ class SmallState:
         notes: list[str] = []
         if "counters" in parts:
             counters.apply(self._engine, job["counters"])
+            notes += self._compare_batch(job.get("global_batch"))
             stored = job.get("cursor")
             samples = int(self._engine.global_samples)
             self.cursor = None if stored is None else resume_cursor(stored, samples)
@@ -220,6 +222,14 @@ class SmallState:
         # Now, and not at the first forward: by then the next batch has been fetched.
         self.record()
         return notes
+
+    def _compare_batch(self, then: Any) -> list[str]:
+        """In words, that a step now takes another number of samples than `then`, if it does."""
+        now = int(self._engine.train_batch_size())
+        if then is None or then == now:
+            return []
+        return [f"a step took {then} samples and takes {now} now: with a number in "
+                f'"train_batch_size" it is the same on any number of ranks']  # fmt: skip
 
     def _apply_rng(self, job: Mapping[str, Any], rank_state: Mapping[str, Any] | None) -> list[str]:
         spare = rng.seed_of(job["seed"], self._rank, job["step"])

@@ -43,7 +43,7 @@ def make_engine(*, rank=0, world_size=1, model=None, scheduler=True, lr=0.1):
     return SimpleNamespace(
         module=module, optimizer=optimizer, lr_scheduler=schedule if scheduler else None,
         global_rank=rank, world_size=world_size, global_steps=0, global_samples=0,
-        skipped_steps=0, micro_steps=0,
+        skipped_steps=0, micro_steps=0, train_batch_size=lambda: 8,
     )  # fmt: skip
 
 
@@ -231,6 +231,18 @@ def test_parts_can_be_left_out():
     assert again.lr_scheduler.last_epoch == 0
     assert again.optimizer.param_groups[0]["lr"] == 0.5
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_global_batch_is_said():
+    engine, small = make()
+    step(engine, small)
+    job, rank = stored(small, small.snapshot(1))
+    other, fresh = make(seed=2)
+    other.train_batch_size = lambda: 12
+    (note,) = fresh.apply(job, rank, written_by=1)
+    assert note.startswith("a step took 8 samples and takes 12 now")
+    del job["global_batch"]
+    assert make(seed=3)[1].apply(job, rank, written_by=1) == [], "an older checkpoint"
 
 
 def test_a_scheduler_of_another_class_is_left_alone_and_said_so():
