@@ -52,12 +52,13 @@ def async_save(
 
     The handle's `staging_completion` and `upload_completion` are concurrent futures; the first
     resolves when the tensors may be changed (`engine.step()` waits for that by itself), the second
-    when the checkpoint is durable.
+    when the checkpoint is durable; on rank 0, which writes the markers, when they are, too.
 
-    Raises CaptureError naming the key path of what cannot be stored, ConfigError without a path or
-    for a tag that is no name; the same on every rank. CoordinationError names the ranks that do not
-    call, once they have begun another training forward (one that is only slow is waited for); the
-    training may go on. What fails later comes out of the futures.
+    Raises CaptureError naming the key path of what cannot be stored, ConfigError without a path,
+    for one that cannot be written to, or for a tag that is no name; the same on every rank.
+    CoordinationError names the ranks that do not call, once they have begun another training
+    forward (one that is only slow is waited for); the training may go on. What fails later comes
+    out of the futures.
     """
     return _begin(_checkpointer_of(engine, path), path, tag, client_state)
 
@@ -89,6 +90,8 @@ def load(engine: Engine, path: Path | None = None, tag: str | None = None) -> Re
     Raises ObjectNotFoundError when there is no such checkpoint, CorruptionError when none verifies,
     ReshardError when it is of another model; the same on every rank.
     """
+    if not isinstance(tag, str | None):
+        raise TypeError(f"tag: expected text, found {tag!r}")
     _refuse_nothing(engine, path)
     checkpointer = _checkpointer_of(engine, path)
     folder = _folder_of(checkpointer, path)
@@ -100,7 +103,7 @@ def load(engine: Engine, path: Path | None = None, tag: str | None = None) -> Re
     found = dropin.find(checkpointer, folder, tag)
     if found["marker"] is None:
         raise ObjectNotFoundError(
-            f"{folder}: there is no checkpoint {'' if tag is None else repr(tag)}; with a "
+            f"{folder}: there is no checkpoint{'' if tag is None else f' {tag!r}'}; with a "
             f'"spotspeed" block the checkpoints themselves are at {checkpointer.storage.url}'
         )
     return dropin.load_marked(checkpointer, Marker(**found["marker"]), {})
@@ -124,14 +127,24 @@ def _begin(
 
 def _folder_of(checkpointer: Checkpointer, path: Path | None) -> str | None:
     """Where markers belong: None when `path` is the catalogue itself."""
-    wanted = None if path is None else absolute(os.fspath(path))
+    wanted = None if path is None else _text_of(path)
     return None if wanted in (None, absolute(checkpointer.config.path)) else wanted
+
+
+def _text_of(path: Path) -> str:
+    """`path` made absolute; ConfigError when it is empty, TypeError when it is no text."""
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"path: expected text or a path object, found {text!r}")
+    if not text.strip():
+        raise ConfigError(f"path {text!r} names nothing: give a directory or a URL")
+    return absolute(text)
 
 
 def _refuse_nothing(engine: Engine, path: Path | None) -> None:
     """Do not begin a catalogue in order to load from it."""
     if path is not None and boundary.binding_of(engine) is None and block_of(engine) is None:
-        where = absolute(os.fspath(path))
+        where = _text_of(path)
         if "://" not in where and not os.path.isdir(where):
             raise ObjectNotFoundError(f"{where}: there is no such directory, so no checkpoint")
 
@@ -151,7 +164,7 @@ def _checkpointer_of(engine: Engine, path: Path | None) -> Checkpointer:
             'path: needed, because the DeepSpeed config has no "spotspeed" block that names one'
         )
     config = SpotSpeedConfig(
-        path=absolute(os.fspath(path)),
+        path=_text_of(path),
         interval=IntervalConfig(seconds=None),
         notice=NoticeConfig(signals=(), cloud="none"),
     )

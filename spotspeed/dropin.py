@@ -22,6 +22,7 @@ from spotspeed.checkpoint.marker import (
     MARKER_FILE,
     Marker,
     attempt_prefix,
+    check_place,
     mark,
     read_latest,
     read_marker,
@@ -193,16 +194,21 @@ def load_marked(
 
 def _agree(checkpointer: Checkpointer, request: Request) -> tuple[dict[str, Any], bytes]:
     """The same request on every rank, rank 0's; and, on rank 0, the encoded client state."""
-    client_state, error, text = b"", "", ""
+    client_state, refusal = b"", None
     if checkpointer.rank == 0:
         try:
             client_state = encode_client_state(request.client_state)
-        except SpotSpeedError as refusal:
-            error, text = type(refusal).__name__, str(refusal)
-    mine = {"tag": request.tag, "folder": request.folder, "error": error, "text": text,
-            "step": int(checkpointer.engine.global_steps)}  # fmt: skip
+            if request.folder is not None:
+                check_place(request.folder, request.tag)
+        except Exception as error:  # raised below, when all ranks know
+            refusal = error
+    kind = type(refusal).__name__ if isinstance(refusal, SpotSpeedError) else "CaptureError"
+    mine = {"tag": request.tag, "folder": request.folder, "error": "" if refusal is None else kind,
+            "text": str(refusal), "step": int(checkpointer.engine.global_steps)}  # fmt: skip
     with checkpointer.passing.asking():
         answers = share_all(checkpointer.exchange, "save-as", mine)
+    if refusal is not None:
+        raise refusal
     if answers[0]["error"]:
         raise Verdict(0, answers[0]["error"], "").kind(answers[0]["text"])
     steps = [answer["step"] for answer in answers]
@@ -230,4 +236,7 @@ def _validate_tags(checkpointer: Checkpointer, tags: Sequence[str]) -> None:
 def _folder(name: str, value: Any) -> str:
     if not value:
         raise ValueError(f"{name} must be a non-empty string, got {value!r}")
-    return absolute(os.fspath(value))
+    text = os.fspath(value)
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be text or a path object, got {value!r}")
+    return absolute(text)

@@ -47,6 +47,10 @@ def share(
             answer = {"value": dict(decide())}
         except SpotSpeedError as error:
             answer = {"error": type(error).__name__, "text": str(error)}
+        except Exception as error:  # whatever it is: the others wait for a word
+            answer = {"error": SpotSpeedError.__name__, "text": f"rank 0: {error!r}"}
+            exchange(label, json.dumps(answer).encode())
+            raise
     first = json.loads(exchange(label, json.dumps(answer).encode())[0])
     if "value" not in first:
         verdict = Verdict(0, first.get("error", ""), first.get("text", "rank 0 sent nothing"))
@@ -77,6 +81,9 @@ def all_or_none(exchange: Exchange, label: str, action: Callable[[], T]) -> T:
         result = action()
     except SpotSpeedError as error:
         objection = error
+    except Exception as error:  # as above
+        vote(exchange, label, SpotSpeedError(repr(error)))
+        raise
     raise_first(vote(exchange, label, objection))
     return result
 

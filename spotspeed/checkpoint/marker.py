@@ -9,17 +9,26 @@ after the seal, durably, so what a marker names was complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 
 from spotspeed.core.documents import check_stamp, stamp
 from spotspeed.core.lineage import place_of
 from spotspeed.core.manifest import MANIFEST_FILE, Manifest
-from spotspeed.errors import CorruptionError, FormatError, ObjectNotFoundError
+from spotspeed.errors import (
+    ConfigError,
+    CorruptionError,
+    FormatError,
+    ObjectNotFoundError,
+    StorageError,
+    TransientStorageError,
+)
 from spotspeed.storage import open_storage
-from spotspeed.storage.contract import Storage
+from spotspeed.storage.contract import Storage, check_key
 
 MARKER_FILE = "spotspeed.json"
 LATEST_FILE = "latest"
@@ -58,28 +67,71 @@ def usable_name(tag: str) -> str:
 
 def read_marker(folder: Storage, tag: str) -> Marker | None:
     """The marker of `tag`, or None when there is none; FormatError when it is damaged."""
-    key = f"{tag}/{MARKER_FILE}"
     try:
-        data = folder.get(key, MAX_MARKER_BYTES)
+        store, key = _place_of(folder, tag)
+    except ConfigError:
+        return None  # Nothing of ours can be there; what else is, DeepSpeed may know.
+    try:
+        data = store.get(key, MAX_MARKER_BYTES)
     except ObjectNotFoundError:
         return None
+    where = f"{store.url}/{key}"
     try:
-        raw = check_stamp(json.loads(data), f"{folder.url}/{key}")
+        raw = check_stamp(json.loads(data), where)
         if raw.pop("format") != _FORMAT or raw.pop("version") != _VERSION:
             raise ValueError("another format or version")
         marker = Marker(**raw)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{folder.url}/{key}: not a marker of a checkpoint: {error}") from error
+        raise FormatError(f"{where}: not a marker of a checkpoint: {error}") from error
     texts = (marker.url, marker.directory, marker.digest, marker.tag)
     if not all(isinstance(text, str) for text in texts) or place_of(marker.directory) is None:
-        raise FormatError(f"{folder.url}/{key}: does not name a checkpoint")
+        raise FormatError(f"{where}: does not name a checkpoint")
     return marker
+
+
+def check_place(folder_path: str, tag: str) -> None:
+    """Raise ConfigError where a marker of `tag` could not be written; makes the folder.
+
+    What only a store of objects knows shows when the marker is written.
+    """
+    folder = open_storage(folder_path)
+    try:
+        store, key = _place_of(folder, tag)
+        with contextlib.suppress(ObjectNotFoundError):
+            store.size(key)
+        if "://" not in folder_path:
+            os.makedirs(folder_path, exist_ok=True)
+            if not os.access(folder_path, os.W_OK | os.X_OK):
+                raise PermissionError(f"no permission to write in {folder_path}")
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(os.path.join(folder_path, tag, MARKER_FILE))  # too long, through a file
+    except OSError as error:
+        raise ConfigError(f"{folder_path} cannot be written: {error}") from error
+    except TransientStorageError:
+        raise
+    except StorageError as error:
+        raise ConfigError(f"{folder_path} cannot hold tag {tag!r}: {error}") from error
+
+
+def _place_of(folder: Storage, tag: str) -> tuple[Storage, str]:
+    """Where the marker of `tag` is: a store and a key in it; ConfigError when it can be nowhere.
+
+    DeepSpeed takes any name of a folder, keys are made of fewer characters.
+    """
+    key = f"{tag}/{MARKER_FILE}"
+    try:
+        return folder, check_key(key)
+    except StorageError:
+        parts = tag.split("/")
+        if "\0" in tag or not {"", ".", ".."}.isdisjoint(parts):
+            raise ConfigError(f"tag {tag!r} names no folder below {folder.url}") from None
+        return open_storage(f"{folder.url.rstrip('/')}/{tag}"), MARKER_FILE
 
 
 def write_marker(folder: Storage, tag: str, marker: Marker) -> None:
     """Let `tag` in `folder` stand for what `marker` names; durable on return."""
-    data = stamp({"format": _FORMAT, "version": _VERSION, **asdict(marker)})
-    folder.put(f"{tag}/{MARKER_FILE}", data)
+    store, key = _place_of(folder, tag)
+    store.put(key, stamp({"format": _FORMAT, "version": _VERSION, **asdict(marker)}))
 
 
 def read_latest(folder: Storage, file: str = LATEST_FILE) -> str | None:

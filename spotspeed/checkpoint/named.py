@@ -8,6 +8,7 @@ from typing import Any
 
 from spotspeed.core import plain
 from spotspeed.core.layout import KIND_WEIGHT, TensorKey
+from spotspeed.errors import CaptureError
 from spotspeed.state.piece import Piece
 from spotspeed.state.plain_tensors import to_plain
 from spotspeed.state.provider import StateProvider
@@ -42,6 +43,8 @@ def encode_client_state(client_state: Mapping[str, Any] | None) -> bytes:
 
     Raises CaptureError naming the key path of an object that cannot be stored.
     """
+    if not isinstance(client_state, Mapping | None):
+        raise CaptureError(f"{CLIENT_STATE}: expected a mapping, found {type(client_state)}")
     return plain.encode(to_plain(dict(client_state or {})), what=CLIENT_STATE)
 
 

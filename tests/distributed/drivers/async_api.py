@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import signal
 import sys
@@ -102,6 +103,32 @@ def check_what_is_not_there_is_said() -> None:
     raises(ConfigError, lambda: spotspeed.save(engine, FOLDER / "some", tag="no/name"))
     train(engine, 1)
     engine.destroy()
+
+
+def check_a_path_that_cannot_be_one_is_said_on_every_rank_before_anything_is_stored() -> None:
+    with_block, without = make(1, FOLDER / "places"), make(1)
+    (FOLDER / "file").write_text("of the user")
+    (FOLDER / "link").is_symlink() or RANK or (FOLDER / "link").symlink_to(FOLDER / "nowhere")
+    spotspeed.save(without, FOLDER / "places-2")  # Until then the link is there on every rank.
+    calls = (spotspeed.save, spotspeed.async_save, spotspeed.load)
+    for path in ("", "  ", FOLDER / "file", FOLDER / "link", "nope://x/y", "a\0b"):
+        for engine, call in itertools.product((with_block, without), calls):
+            is_absent = call is spotspeed.load and engine is without and path != "nope://x/y"
+            kind = (ConfigError, ObjectNotFoundError) if is_absent else ConfigError
+            raises(kind, lambda call=call, engine=engine, path=path: call(engine, path))
+    for path in (FOLDER / "file" / "below", "/proc/spotspeed", FOLDER / ("x" * 300)):
+        for engine, call in itertools.product((with_block, without), calls[:2]):
+            raises(ConfigError, lambda call=call, engine=engine, path=path: call(engine, path))
+    raises(TypeError, lambda: spotspeed.load(without, FOLDER / "places-2", 5))
+    raises(ConfigError, lambda: spotspeed.save(without, FOLDER / "places-2", 5))
+    for path in (5, b"bytes", ["list"], object()):
+        for engine, call in itertools.product((with_block, without), calls):
+            raises(TypeError, lambda call=call, engine=engine, path=path: call(engine, path))
+    assert not spotspeed.list_checkpoints(str(FOLDER / "places")), "nothing was stored for them"
+    assert len(spotspeed.list_checkpoints(str(FOLDER / "places-2"))) == 1
+    for engine in (with_block, without):
+        train(engine, 1)
+        engine.destroy()
 
 
 def check_engines_and_paths_side_by_side() -> None:

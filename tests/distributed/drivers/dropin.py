@@ -14,6 +14,7 @@ from engines import RANK, WORLD_SIZE, main, make, micro_step, raises, train
 import spotspeed
 from spotspeed.errors import (
     CaptureError,
+    ConfigError,
     CorruptionError,
     InvalidLayoutError,
     ObjectNotFoundError,
@@ -118,7 +119,22 @@ def check_wrong_and_missing_directories() -> None:
     bad = {"list": [1, object()]}
     error = raises(CaptureError, lambda: engine.save_checkpoint(FOLDER / "w", client_state=bad))
     assert "client_state['list'][1]" in str(error)
+    for bad in (5, "text", [("a", 1)]):
+        raises(CaptureError, lambda bad=bad: engine.save_checkpoint(FOLDER / "w", client_state=bad))
     assert not (FOLDER / "w").exists()
+    for tag in ("..", "../up", "/etc/x", "a\0b", "", "x" * 300):
+        raises(ConfigError, lambda tag=tag: engine.save_checkpoint(FOLDER / "tags", tag))
+    (FOLDER / "file").write_text("of the user")
+    for folder in (FOLDER / "file", FOLDER / "file" / "below", "/proc/spotspeed", "nope://x/y"):
+        raises(ConfigError, lambda folder=folder: engine.save_checkpoint(folder))
+    for folder in (5, b"bytes", object()):
+        raises(TypeError, lambda folder=folder: engine.save_checkpoint(folder))
+        raises(TypeError, lambda folder=folder: engine.load_checkpoint(folder))
+    assert not spotspeed.list_checkpoints(str(FOLDER / "wrong")), "nothing was stored for them"
+    for tag in (7, "épöque 3", "deep/er"):
+        assert engine.save_checkpoint(FOLDER / "tags", tag)
+        found, _ = engine.load_checkpoint(FOLDER / "tags")
+        assert found == str(FOLDER / "tags" / str(tag) / "spotspeed.json"), found
     engine.destroy()
 
 
