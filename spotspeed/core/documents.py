@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from spotspeed.errors import ChecksumMismatchError, FormatError
 
@@ -189,6 +189,37 @@ def check_int(name: str, value: int, low: int, high: int) -> None:
     """Raise FormatError unless `value` is an integer from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise FormatError(f"{name} is {value!r}, expected {low} to {high}")
+
+
+class StoredFile(Protocol):
+    """What a receipt says of a file with an index: sizes in bytes, and what the index hashes to."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def index_offset(self) -> int: ...
+
+    @property
+    def index_bytes(self) -> int: ...
+
+    @property
+    def index_sha256(self) -> str: ...
+
+    @property
+    def raw_bytes(self) -> int: ...
+
+
+def check_file(file: StoredFile, *, least: int) -> None:
+    """Raise FormatError unless every size is `least` or more and the index lies in the file."""
+    for name in ("size_bytes", "index_offset", "index_bytes", "raw_bytes"):
+        check_int(name, getattr(file, name), least, MAX_FILE_BYTES)
+    check_sha256("index_sha256", file.index_sha256)
+    if file.index_offset + file.index_bytes > file.size_bytes:
+        raise FormatError(f"{file.path}: the index lies outside the file")
 
 
 def check_sha256(name: str, value: str) -> None:

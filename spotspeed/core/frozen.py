@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import msgpack
 
-from spotspeed.core.documents import MAX_FILE_BYTES, check_int, check_sha256
+from spotspeed.core.documents import check_file, check_sha256
 from spotspeed.core.layout import Fragment
 from spotspeed.core.lineage import Place, place_of
 from spotspeed.errors import FormatError
@@ -47,15 +47,11 @@ class ObjectRecord:
     raw_bytes: int
 
     def __post_init__(self) -> None:
-        for name in ("size_bytes", "index_offset", "index_bytes", "raw_bytes"):
-            check_int(name, getattr(self, name), 1, MAX_FILE_BYTES)
-        check_sha256("index_sha256", self.index_sha256)
+        check_file(self, least=1)
         check_sha256("content", self.content)
         check_coverage(self.coverage)
         if writer_of(self.path) is None or not self.path.endswith(f"/{self.content}.shard"):
             raise FormatError(f"{self.path!r:.300} is not the name of a frozen object")
-        if self.index_offset + self.index_bytes > self.size_bytes:
-            raise FormatError(f"{self.path}: the index lies outside the object")
 
 
 def check_coverage(value: str) -> None:

@@ -22,6 +22,7 @@ from spotspeed.core.documents import (
     OBJECTS_MAJOR,
     build,
     canonical_json,
+    check_file,
     check_int,
     check_keys,
     check_name,
@@ -114,11 +115,7 @@ class ShardRecord:
     raw_bytes: int
 
     def __post_init__(self) -> None:
-        for name in ("size_bytes", "index_offset", "index_bytes", "raw_bytes"):
-            check_int(name, getattr(self, name), 0, MAX_FILE_BYTES)
-        check_sha256("index_sha256", self.index_sha256)
-        if self.index_offset + self.index_bytes > self.size_bytes:
-            raise FormatError(f"{self.path}: the index lies outside the shard")
+        check_file(self, least=0)
 
 
 @dataclass(frozen=True, slots=True)
