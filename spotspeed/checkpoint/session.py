@@ -213,7 +213,7 @@ def open_session(
                         on_notice=lambda left_s, source: coordinator.notice(source, left_s or None)
                         )  # fmt: skip
         epoch, standing = _claim(storage, coordinator.exchange, stager, rank, config.take_over)
-    except BaseException:
+    except BaseException:  # whatever ends this, a signal's exception too: its threads end as well
         coordinator.close(0.0)
         raise
     session = Session(storage, coordinator, stager, epoch, rank, standing=standing, near=near)
