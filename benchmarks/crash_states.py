@@ -14,8 +14,6 @@ import json
 import logging
 import os
 import pickle
-import random
-import shutil
 import struct
 import subprocess
 import sys
@@ -30,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from spotspeed.testing.crash_disk import DiskState, write_tree  # noqa: E402
+from spotspeed.testing.crash_disk import CrashStates  # noqa: E402
 from spotspeed.testing.syscalls import Mark, record  # noqa: E402
 
 JOB = ROOT / "benchmarks" / "jobs" / "crash_job.py"
@@ -166,30 +164,21 @@ def examine(saver: str, folder: Path, per_point: int) -> dict[str, Any]:
     command = [sys.executable, str(JOB), str(top), saver]
     log = record(command, top, folder / "log", env=environment(), timeout_s=600)
     right = content(top)
-    state, rng, promised = DiskState(1), random.Random(SEED), ""
+    place, promised = folder / "state", ""
+    crash = CrashStates(1, place, seed=SEED, per_point=per_point)
     counts: Counter[str] = Counter()
-    seen: set[int] = set()
-    states = 0
     for entry in log:
         if isinstance(entry, Mark):
-            promised, seen = entry.word.removeprefix("returned "), set()
+            promised = entry.word.removeprefix("returned ")
+            crash.renew()
         else:
-            state.apply(entry)
-        for tree in state.crash_states(rng, per_point):
-            states += 1
-            print_of = hash(frozenset(tree.items()))
-            if print_of in seen:
-                continue
-            seen.add(print_of)
-            place = folder / "state"
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir()
-            write_tree(tree, place)
+            crash.take(entry)
+        for tree in crash.laid_out():
             counts[JUDGES[saver](place, tree, right, promised)] += 1
     kinds = Counter(getattr(entry, "kind", "mark") for entry in log)
     return {"saver": saver, "changes": sum(kinds.values()) - kinds["mark"],
             "fsyncs": kinds["sync_file"], "directory_fsyncs": kinds["sync_directory"],
-            "states": states, "distinct": sum(counts.values()),
+            "states": crash.states, "distinct": crash.distinct,
             **{verdict: counts[verdict] for verdict in VERDICTS}}  # fmt: skip
 
 

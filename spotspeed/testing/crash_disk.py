@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -217,6 +218,42 @@ class DiskState:
                 self._walk(child, f"{prefix}{name}/", state, tree)
             else:
                 tree[f"{prefix}{name}"] = content.get(child, b"")
+
+
+class CrashStates:
+    """Lays out, as real files at `place`, the distinct states that a crash of a log may leave.
+
+    After each entry of the log: `take` it if it is an Operation, call `renew` if it is something
+    that changes what is right, then judge what `laid_out` yields.
+    """
+
+    def __init__(self, top: int, place: Path, *, seed: int, per_point: int) -> None:
+        self._place, self._per_point = place, per_point
+        self._state, self._rng = DiskState(top), random.Random(seed)
+        self._seen: set[int] = set()
+        self.states = self.distinct = 0
+
+    def take(self, operation: Operation) -> None:
+        """Make the next change of the log."""
+        self._state.apply(operation)
+
+    def renew(self) -> None:
+        """More or less is promised from here on, so states that were judged may be wrong now."""
+        self._seen.clear()
+
+    def laid_out(self) -> Iterator[dict[str, bytes]]:
+        """Each state (path -> content) that has not been judged yet, while it lies at the place."""
+        for tree in self._state.crash_states(self._rng, self._per_point):
+            self.states += 1
+            print_of = hash(frozenset(tree.items()))
+            if print_of in self._seen:
+                continue
+            self._seen.add(print_of)
+            self.distinct += 1
+            shutil.rmtree(self._place, ignore_errors=True)
+            self._place.mkdir(parents=True)
+            write_tree(tree, self._place)
+            yield tree
 
 
 def write_tree(tree: dict[str, bytes], top: Path) -> None:

@@ -8,11 +8,10 @@ with the real readers. Leaving out any one fsync must be noticed.
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ from spotspeed.core.owner import Identity
 from spotspeed.core.retention import Keep
 from spotspeed.storage.contract import Storage
 from spotspeed.storage.local import LocalStorage
-from spotspeed.testing.crash_disk import DiskState, Operation, RecordingDisk, write_tree
+from spotspeed.testing.crash_disk import CrashStates, Operation, RecordingDisk
 from spotspeed.testing.promises import Call, Promises, PromisingStorage
 
 SEED = 20_261_101
@@ -161,31 +160,20 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(place)
 
 
-@dataclass
-class Findings:
-    """What an exploration saw."""
-
-    states: int = 0
-    distinct: int = 0
-    broken: list[str] = field(default_factory=list)
-
-
 def explore(
     scenario: Callable[[Job], None], workplace: Path, *, per_point: int, without: str = "",
     stop_at_first: bool = False,
-) -> tuple[Findings, RecordingDisk]:  # fmt: skip
+) -> tuple[CrashStates, list[str], RecordingDisk]:  # fmt: skip
     """Run `scenario`, then check the crash states after every entry of its log."""
-    top = workplace / "disk"
+    top, place = workplace / "disk", workplace / "state"
     top.mkdir()
     disk = RecordingDisk(top, without=without)
     scenario(Job(disk, top / ROOT))
-    rng, state, promises = random.Random(SEED), DiskState(disk.top), Promises()
-    findings = Findings()
-    seen: set[int] = set()
-    sealed: set[str] = set()
+    crash = CrashStates(disk.top, place, seed=SEED, per_point=per_point)
+    promises, sealed, broken = Promises(), set[str](), list[str]()
     for position, entry in enumerate(disk.log):
         if isinstance(entry, Operation):
-            state.apply(entry)
+            crash.take(entry)
         elif isinstance(entry, Call):
             promises.take(entry)
         elif isinstance(entry, SealPromised):
@@ -193,22 +181,15 @@ def explore(
         elif isinstance(entry, RemovalBegun):
             sealed &= entry.kept
         has_promised = isinstance(entry, Call) and entry.result is not None
-        seen = set() if has_promised or isinstance(entry, SealPromised) else seen
-        for tree in state.crash_states(rng, per_point):
-            findings.states += 1
-            print_of = hash(frozenset(tree.items()))
-            if print_of in seen:
-                continue
-            seen.add(print_of)
-            findings.distinct += 1
-            place = workplace / "state"
-            shutil.rmtree(place, ignore_errors=True)
-            write_tree(tree, place)
-            for complaint in judge(place / ROOT, promises, sealed):
-                findings.broken.append(f"after {position} entries: {complaint}")
-            if findings.broken and stop_at_first:
-                return findings, disk
-    return findings, disk
+        if has_promised or isinstance(entry, SealPromised):
+            crash.renew()
+        for _ in crash.laid_out():
+            broken += [f"after {position} entries: {complaint}"
+                       for complaint in judge(place / ROOT, promises, sealed)]  # fmt: skip
+            if broken and stop_at_first:
+                return crash, broken, disk
+    print(f"seed {SEED}: {crash.states} states, {crash.distinct} distinct")
+    return crash, broken, disk
 
 
 def judge(root: Path, promises: Promises, sealed: set[str]) -> list[str]:
@@ -228,10 +209,9 @@ def judge(root: Path, promises: Promises, sealed: set[str]) -> list[str]:
 
 
 def test_a_crash_at_any_instant_breaks_no_promise(workplace: Path) -> None:
-    findings, disk = explore(train_and_restart, workplace, per_point=24)
-    print(f"seed {SEED}: {findings.states} states, {findings.distinct} distinct")
-    assert findings.broken == []
-    assert findings.states >= 4000
+    crash, broken, disk = explore(train_and_restart, workplace, per_point=24)
+    assert broken == []
+    assert crash.states >= 4000
     assert len(disk.syncs) >= 6
 
 
@@ -241,18 +221,16 @@ def test_a_hundred_thousand_crash_states_break_no_promise(workplace: Path) -> No
     for scenario, per_point in ((train_and_restart, 1500), (race_at_every_fsync, 1500)):
         place = workplace / scenario.__name__
         place.mkdir()
-        findings, _ = explore(scenario, place, per_point=per_point)
-        print(f"seed {SEED}: {findings.states} states, {findings.distinct} distinct")
-        assert findings.broken == []
-        states += findings.states
+        crash, broken, _ = explore(scenario, place, per_point=per_point)
+        assert broken == []
+        states += crash.states
     assert states >= 100_000
 
 
 def test_a_crash_in_the_middle_of_a_race_breaks_no_promise(workplace: Path) -> None:
-    findings, _ = explore(race_at_every_fsync, workplace, per_point=30)
-    print(f"seed {SEED}: {findings.states} states, {findings.distinct} distinct")
-    assert findings.broken == []
-    assert findings.states >= 1000
+    crash, broken, _ = explore(race_at_every_fsync, workplace, per_point=30)
+    assert broken == []
+    assert crash.states >= 1000
 
 
 def _sites() -> list[str]:
@@ -268,7 +246,7 @@ def _sites() -> list[str]:
 
 
 def test_the_list_of_fsyncs_is_the_code_s(workplace: Path) -> None:
-    _, disk = explore(train_and_restart, workplace, per_point=1)
+    _, _, disk = explore(train_and_restart, workplace, per_point=1)
     assert sorted(disk.syncs) == _sites()
 
 
@@ -277,8 +255,8 @@ def test_leaving_out_any_fsync_is_noticed(workplace: Path, site: str) -> None:
     for scenario in (race_at_every_fsync, train_and_restart):
         place = workplace / scenario.__name__
         place.mkdir()
-        findings, _ = explore(scenario, place, per_point=14, without=site, stop_at_first=True)
-        if findings.broken:
-            print(findings.broken[0])
+        _, broken, _ = explore(scenario, place, per_point=14, without=site, stop_at_first=True)
+        if broken:
+            print(broken[0])
             return
     pytest.fail(f"no crash state shows that {site!r} is missing")

@@ -15,7 +15,7 @@ import pytest
 from spotspeed.checkpoint.catalog import list_sealed, scan
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.storage.local import LocalStorage
-from spotspeed.testing.crash_disk import DiskState, Operation, write_tree
+from spotspeed.testing.crash_disk import CrashStates, DiskState, Operation
 from spotspeed.testing.syscalls import Mark, UnseenChangeError, parse, record, strace_command
 from tests.ranks import ROOT, free_port, rank_environment
 
@@ -59,28 +59,18 @@ def judge(root: Path, sealed: set[str]) -> list[str]:
 
 def explore(log: Sequence[Operation | Mark], place: Path, per_point: int) -> tuple[int, list[str]]:
     """(crash states looked at, complaints); stops at the first point with a complaint."""
-    rng, state = random.Random(SEED), DiskState(1)
-    sealed: set[str] = set()
-    seen: set[int] = set()
-    states = 0
+    crash, sealed = CrashStates(1, place, seed=SEED, per_point=per_point), set[str]()
     for entry in log:
         if isinstance(entry, Mark):
             what, _, directory = entry.word.partition(" ")
             sealed = {directory} if what == "kept" else sealed | {directory}
-            seen = set()
+            crash.renew()
         else:
-            state.apply(entry)
-        for tree in state.crash_states(rng, per_point):
-            states += 1
-            print_of = hash(frozenset(tree.items()))
-            if print_of in seen:
-                continue
-            seen.add(print_of)
-            shutil.rmtree(place, ignore_errors=True)
-            write_tree(tree, place)
+            crash.take(entry)
+        for _ in crash.laid_out():
             if complaints := judge(place / STORE, sealed):
-                return states, complaints
-    return states, []
+                return crash.states, complaints
+    return crash.states, []
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ are laid out, what a next saver does with them is done, and the store is judged.
 
 from __future__ import annotations
 
-import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from spotspeed.core.lineage import place_of
 from spotspeed.core.manifest import MAX_RECEIPT_BYTES, Ticket, decode_receipt
 from spotspeed.errors import CorruptionError, StorageError
 from spotspeed.storage.local import LocalStorage
-from spotspeed.testing.crash_disk import DiskState, Operation, RecordingDisk, write_tree
+from spotspeed.testing.crash_disk import CrashStates, Operation, RecordingDisk
 from tests.crash.test_crash_states import Job, ticket, workplace  # noqa: F401  (a fixture)
 
 SEED = 20_261_124
@@ -92,27 +90,20 @@ def explore(
     top.mkdir(parents=True)
     disk = RecordingDisk(top, without=without)
     scenario(disk, top)
-    rng, state, kept, states = random.Random(SEED), DiskState(disk.top), set[str](), 0
-    seen: set[int] = set()
+    crash = CrashStates(disk.top, place / "state", seed=SEED, per_point=per_point)
+    kept: set[str] = set()
     for position, entry in enumerate(disk.log):
         if isinstance(entry, Operation):
-            state.apply(entry)
+            crash.take(entry)
         else:
             assert isinstance(entry, Kept) and place_of(entry.directory)
             kept.add(entry.directory)
-            seen = set()
-        for tree in state.crash_states(rng, per_point):
-            states += 1
-            print_of = hash(frozenset(tree.items()))
-            if print_of in seen:
-                continue
-            seen.add(print_of)
-            shutil.rmtree(place / "state", ignore_errors=True)
-            write_tree(tree, place / "state")
+            crash.renew()
+        for _ in crash.laid_out():
             complaints = judge(place / "state", kept)
             if complaints:
-                return states, [f"after {position} entries: {text}" for text in complaints]
-    return states, []
+                return crash.states, [f"after {position} entries: {text}" for text in complaints]
+    return crash.states, []
 
 
 def test_what_was_kept_on_a_node_is_sealed_after_a_crash_at_any_instant(
