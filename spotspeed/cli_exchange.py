@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +24,7 @@ from spotspeed.storage import open_storage
 Places = Annotated[list[str], typer.Argument(
     metavar="PATH [TAG] OUT", help="The checkpoints, one of them (else the newest), what to make."
 )]  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
 class Target(StrEnum):
@@ -67,6 +69,7 @@ def export(
     sub_group_size: Annotated[
         int | None, typer.Option(min=1, help="deepspeed, stage 3: as in their config.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write a checkpoint's state for another tool."""
     if not 2 <= len(places) <= 3:
@@ -85,11 +88,15 @@ def export(
         _refuse(target, ("--dtype", dtype))
         if ranks is None:
             raise ConfigError("--ranks is missing: DeepSpeed loads on the ranks it was saved for")
-        # Only here: it takes torch, which the other commands do without.
-        from spotspeed.integrations.deepspeed_export import export_deepspeed, target_of
+        with _quiet_stdout():
+            # Only here: it takes torch, which the other commands do without.
+            from spotspeed.integrations.deepspeed_export import export_deepspeed, target_of
 
-        wanted = target_of(reader, ranks=ranks, stage=stage, sub_group_size=sub_group_size)
-        done = export_deepspeed(reader, open_storage(out), info.tag, wanted)
+            wanted = target_of(reader, ranks=ranks, stage=stage, sub_group_size=sub_group_size)
+            done = export_deepspeed(reader, open_storage(out), info.tag, wanted)
+    if as_json:
+        _print_json({"out": out, "tag": info.tag, "step": info.step, "made": dict(done)})
+        return
     said = ", ".join(f"{name} {value}" for name, value in done.items())
     sys.stdout.write(f"{out}: {said}; from {info.tag} (step {info.step})\n")
 
@@ -103,12 +110,22 @@ def import_(
     scheduler: Annotated[
         str | None, typer.Option(help="Class of the learning-rate scheduler, if not configured.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Bring a checkpoint that DeepSpeed saved (ZeRO 1, 2 or 3) to PATH; runs no code of it."""
-    from spotspeed.integrations.deepspeed_import import import_deepspeed
+    with _quiet_stdout():
+        from spotspeed.integrations.deepspeed_import import import_deepspeed
 
-    done = import_deepspeed(pathlib.Path(source), open_storage(to), tag=tag, scheduler=scheduler)
+        done = import_deepspeed(
+            pathlib.Path(source), open_storage(to), tag=tag, scheduler=scheduler
+        )
     ticket = done.manifest.ticket
+    if as_json:
+        _print_json({
+            "path": to, "directory": ticket.directory, "tag": ticket.tag, "step": ticket.step,
+            "size_bytes": done.manifest.data_bytes, "notes": list(done.notes),
+        })  # fmt: skip
+        return
     for note in done.notes:
         sys.stderr.write(f"note: {note}\n")
     sys.stdout.write(f"{to}/{ticket.directory}: {ticket.tag}, step {ticket.step}, "
@@ -124,7 +141,7 @@ def compare_(
     second_tag: Annotated[
         str | None, typer.Option(help="Tag or directory; the newest if left out.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare two checkpoints bit by bit, whatever ranks wrote them; exit 1 if they differ."""
     readers = []
@@ -134,8 +151,7 @@ def compare_(
         readers.append(CheckpointReader.open(storage, info.directory, digest=info.digest))
     done = compare(*readers)
     if as_json:
-        document = {"is_same": done.is_same, **asdict(done)}
-        sys.stdout.write(json.dumps(document, indent=2, sort_keys=True) + "\n")
+        _print_json({"is_same": done.is_same, **asdict(done)})
     else:
         for difference in done.differences:
             sys.stdout.write(f"{difference.what}: {difference.how}\n")
@@ -143,6 +159,15 @@ def compare_(
         sys.stdout.write(f"{done.tensors} tensors, {done.size_bytes} bytes: {word}\n")
     if not done.is_same:
         raise typer.Exit(1)
+
+
+def _quiet_stdout() -> contextlib.AbstractContextManager[object]:
+    """DeepSpeed logs to what is stdout when it is imported: that is for our answer alone."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
 def _refuse(target: Target, *options: tuple[str, object]) -> None:

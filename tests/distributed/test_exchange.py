@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,3 +144,24 @@ def test_an_import_is_restored_on_other_ranks_and_stages(
     found = imported[f"{RESTORED[case]}:{case}/imported"]
     check_state(found, trained[case])
     assert found["losses"] == pytest.approx(trained[case]["losses"], rel=2e-2)
+
+
+@pytest.mark.full
+def test_with_json_stdout_is_one_document(folder: Path, trained: Results, tmp_path: Path) -> None:
+    """DeepSpeed, which logs to stdout, is imported on the way: so in processes of their own."""
+
+    def document(*words: object) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "spotspeed", *(str(word) for word in words), "--json"],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=200,
+        )  # fmt: skip
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    case = CASES[0]
+    out = tmp_path / "export"
+    made = document("export", folder / case / "ours", out, "--to", "deepspeed", "--ranks", 2)
+    assert made["made"]["ranks"] == 2 and (out / "latest").exists()
+    brought = document("import", out, "--to", tmp_path / "imported")
+    assert brought["step"] == made["step"]
+    assert (tmp_path / "imported" / brought["directory"] / "manifest.json").exists()
