@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -192,3 +193,40 @@ def test_a_full_disk_can_still_be_collected(disk: Path) -> None:
     assert len(collect(storage, Keep(1), epoch=1).removals) == 2
     save(storage, 5)
     check(storage, [5, 3])
+
+
+@pytest.fixture
+def thin_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk that has less room than its file system believes, so that only fsync finds out."""
+    below, place = tmp_path / "below", tmp_path / "thin"
+    below.mkdir()
+    place.mkdir()
+    image = below / "image"
+    with contextlib.ExitStack() as stack:
+        for words in (
+            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(below)],
+            ["truncate", "-s", "64M", str(image)],
+            ["mkfs.ext4", "-q", "-O", "^has_journal", "-E", "lazy_itable_init=1", str(image)],
+            ["mount", "-o", "loop", str(image), str(place)],
+        ):
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode != 0:
+                pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
+            if words[0] == "mount":
+                stack.callback(subprocess.run, ["umount", "-l", words[-1]], check=True)
+        yield place
+
+
+def test_what_only_fsync_finds_out_is_no_checkpoint(thin_disk: Path) -> None:
+    storage = LocalStorage(thin_disk / "run")
+    save(storage, 1)
+    with storage.writer("shard") as writer:
+        for _ in range(6):
+            writer.write(os.urandom(1 << 22))
+        with pytest.raises(StorageError, match=f"{6 << 22} missing"):
+            writer.commit()
+    assert [info.key for info in storage.list()] == [
+        "latest.json", *(f"{ticket_of(1).directory}/{name}"
+                         for name in ("manifest.json", "rank-00000.receipt", "rank-00000.shard")),
+    ]  # fmt: skip
+    check(storage, [1])
