@@ -1,6 +1,6 @@
-"""The part of a model that a rank trains where pipelines or experts divide it among the ranks.
+"""The part of a model that a rank trains where it is divided: by pipelines, experts or AutoTP.
 
-Each rank has a *part* (its pipeline stage, its experts) and a number among the replicas of that
+Each rank has a *part* (its stage, its experts, its shards) and a number among the replicas of that
 part. Fragments carry names of the whole model, so a state does not depend on the number of
 replicas; what is stored by rank (buffers, hyper-parameters) is taken over from a rank of the same
 part. The degrees themselves are fixed: another degree is refused.
@@ -16,7 +16,13 @@ from deepspeed import comm
 from deepspeed.moe.layer import MoE
 
 from spotspeed.errors import FormatError, InvalidLayoutError, SpotSpeedError
-from spotspeed.state.parameters import ParameterNames, replica_of, shape_of
+from spotspeed.state.parameters import (
+    TENSOR,
+    ParameterNames,
+    replica_of,
+    shape_of,
+    tensor_place,
+)
 from spotspeed.state.piece import dtype_name
 
 T = TypeVar("T")
@@ -81,7 +87,7 @@ class _Card:
 
 
 def is_divided(engine: Any) -> bool:
-    """Whether pipelines or experts divide the model among the ranks; local."""
+    """Whether pipelines, experts or AutoTP divide the model among the ranks; local."""
     return bool(_degrees(engine))
 
 
@@ -151,6 +157,9 @@ def _degrees(engine: Any) -> dict[str, str]:
     found = {}
     if getattr(engine, "pipeline_parallelism", False) and engine.grid.pipe_parallel_size > 1:
         found[PIPELINE] = str(engine.grid.pipe_parallel_size)
+    tensor = tensor_place(engine)
+    if tensor is not None:
+        found[TENSOR] = str(tensor[1])
     sizes = sorted({size for size, _ in _expert_places(engine)})
     if sizes:
         found[EXPERT] = "+".join(map(str, sizes))
@@ -161,6 +170,9 @@ def _coordinates(engine: Any) -> list[tuple[str, int]]:
     found = []
     if getattr(engine, "pipeline_parallelism", False):
         found.append((PIPELINE, int(engine.grid.get_stage_id())))
+    tensor = tensor_place(engine)
+    if tensor is not None:
+        found.append((TENSOR, tensor[0]))
     return found + [(f"{EXPERT}-{size}", rank) for size, rank in _expert_places(engine)]
 
 

@@ -9,11 +9,13 @@ from weakref import WeakKeyDictionary
 import torch
 from deepspeed import comm
 from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
 
 from spotspeed.core.interval import Interval
 from spotspeed.errors import CaptureError
 from spotspeed.state.partition import Resident
 
+TENSOR = "tensor"
 _places: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 """What is known of process groups."""
 _expert_groups: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
@@ -23,12 +25,15 @@ _expert_groups: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 class ParameterNames:
     """The engine's parameters by canonical name; a tied parameter has one, its first.
 
-    Experts are numbered over the whole job, not within their rank as DeepSpeed does it.
+    Experts are numbered over the whole job, not within their rank as DeepSpeed does it. Under
+    tensor parallelism every name begins with the rank that has this part of the parameter.
     """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._experts = _expert_names(engine) if getattr(engine, "has_moe_layers", False) else {}
+        place = tensor_place(engine)
+        self._prefix = "" if place is None else f"{TENSOR}_parallel_{place[0]}."
 
     def of(self, parameter: torch.Tensor) -> str:
         """The canonical name; raises CaptureError for a parameter the engine does not know."""
@@ -39,7 +44,7 @@ class ParameterNames:
                 f"added to the model, but had no name when deepspeed.initialize ran: add it "
                 f"before, as a parameter of the model"
             )
-        return str(name)
+        return f"{self._prefix}{name}"
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         for parameter in self._engine.module.parameters():
@@ -51,10 +56,16 @@ class ParameterNames:
         found: dict[str, str] = {}
         for name, parameter in self._engine.module.named_parameters(remove_duplicate=False):
             if id(parameter) in seen:
-                found[name] = seen[id(parameter)]
+                found[f"{self._prefix}{name}"] = seen[id(parameter)]
             else:
                 seen[id(parameter)] = self.of(parameter)
         return found
+
+
+def tensor_place(engine: Any) -> tuple[int, int] | None:
+    """(index, number) of this rank among those that divide tensors by AutoTP; None without it."""
+    size = int(getattr(engine, "autotp_size", lambda: 0)() or 0)
+    return (int(groups.get_tensor_model_parallel_rank()), size) if size > 1 else None
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:

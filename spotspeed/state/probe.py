@@ -12,7 +12,7 @@ from spotspeed.state.partition import Partition
 
 SUPPORTED = (
     "supported are ZeRO stages 0 to 3 and BF16_Optimizer in device memory or with CPU offload, "
-    "the optimizer of stage 3 on NVMe, in data parallelism, and with pipeline or expert parallelism"
+    "the optimizer of stage 3 on NVMe, in data parallelism, with pipelines, experts or AutoTP"
 )
 SWAPPABLE = ("Adam", "AdamW", "DeepSpeedCPUAdam")
 """Optimizers whose state may lie on NVMe: it is made in the first step, all of it by its master."""
@@ -53,8 +53,7 @@ def _unsupported(engine: Any) -> Iterable[str]:
     compile_config: Any = getattr(engine._config, "compile_config", None)
     if optimizer is None or "dummyoptim" in names or "zerooffload" in names:
         yield "an engine without an optimizer (there is nothing to resume)"
-    if _tensor_parallel_size(engine) > 1:
-        yield f"tensor parallelism of {_tensor_parallel_size(engine)}"
+    yield from _unsupported_tensors(engine)
     yield from _unsupported_experts(engine)
     if type(engine).__name__ == "DeepSpeedHybridEngine":
         yield "the hybrid engine (it keeps inference copies of the weights)"
@@ -83,10 +82,20 @@ def _unsupported_experts(engine: Any) -> Iterable[str]:
         yield "AutoEP (it numbers its experts in another way)"
 
 
-def _tensor_parallel_size(engine: Any) -> int:
+def _unsupported_tensors(engine: Any) -> Iterable[str]:
     if getattr(engine, "pipeline_parallelism", False):  # Stages count as model parallel there.
-        return int(engine.grid.model_parallel_size)
-    return max(int(getattr(engine, "mp_world_size", 1)), _size(engine, "autotp_size"))
+        size = int(engine.grid.model_parallel_size)
+        if size > 1:
+            yield f"tensor parallelism of {size} in a pipeline"
+        return
+    auto = _size(engine, "autotp_size")
+    size = max(int(getattr(engine, "mp_world_size", 1)), auto)
+    if size > 1 and size != auto:
+        yield f"tensor parallelism of {size} by something else than AutoTP"
+    if auto > 1 and engine.zero_optimization_stage() == 3:
+        yield f"AutoTP of {auto} in ZeRO stage 3"
+    if auto > 1 and getattr(engine, "has_moe_layers", False):
+        yield f"AutoTP of {auto} with a mixture of experts"
 
 
 def _unsupported_offload(optimizer: Any) -> Iterable[str]:

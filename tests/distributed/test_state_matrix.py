@@ -48,6 +48,9 @@ FAMILIES = {
     "muon into fp32": ("z2-muon-fp32", "s0-muon"),
 }  # fmt: skip
 """Layouts that store the same tensors: each resumes what every other wrote."""
+INTO_FEWER_BITS = {("s0-sgd", "z2-sgd"), ("s0-sgd", "z3-sgd"), ("s0-adagrad", "z2-adagrad"),
+                   ("s0-adagrad", "z3-adagrad")}  # fmt: skip
+"""(writes, reads) where frozen weights of fp32 would have to become bf16."""
 FIRST_IS_WIDER = {("z1-muon", "muon-bf16opt"), ("z2-muon", "muon-bf16opt")}
 """(writes, reads) where the reader keeps in fp32 what the writer kept in bf16."""
 
@@ -135,10 +138,15 @@ def test_a_state_is_read_on_any_number_of_ranks(runs: Runs, key: tuple[int, int,
 
 
 @pytest.mark.parametrize("key", OTHER_CASE, ids=lambda key: "-".join(map(str, key)))
-def test_a_state_is_read_by_every_layout_that_keeps_the_same_tensors(
+def test_a_state_is_read_by_every_layout_that_keeps_the_same_tensors_exactly(
     runs: Runs, key: tuple[int, int, str, str]
 ) -> None:
     before, after = runs.pair(*key)
+    if key[2:] in INTO_FEWER_BITS:
+        assert after["error"].startswith(
+            "UnsupportedLayoutError: weight:frozen.weight: stored as float32, here bfloat16"
+        )
+        return
     _assert_same(before["middle"], after["restored"])
     assert after["independent"][1] == []
     assert after["losses"] == pytest.approx(before["losses"][3:], abs=5e-2)

@@ -1,9 +1,11 @@
-"""Pipelines and experts on real ranks: saved, and resumed on other numbers of replicas, exactly."""
+"""Divided models on real ranks: saved, and resumed on other numbers of replicas, exactly."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,12 +27,16 @@ CASES = {
     "pipe": ("pipe-0", "pipe-0-bf16", "pipe-1", "pipe-1-bf16", "pipe-1-bf16opt", "pipe-1-fp16"),
     "moe": ("moe-0", "moe-0-bf16", "moe-1", "moe-2", "moe-2-bf16"),
 }
+if importlib.util.find_spec("transformers") is not None:
+    CASES["tensor"] = ("tensor-0", "tensor-1-bf16", "tensor-1-bf16opt", "tensor-2")
 ALL = [case for cases in CASES.values() for case in cases]
 TO_OTHER_STAGES = [
     (2, "pipe-1", "pipe-0"), (2, "pipe-0-bf16", "pipe-1-bf16"),
     (4, "pipe-1-bf16opt", "pipe-0-bf16"), (4, "pipe-1-bf16", "pipe-1-bf16opt"),
     (2, "moe-2", "moe-0"), (4, "moe-0", "moe-1"), (4, "moe-0-bf16", "moe-2-bf16"),
 ]  # fmt: skip
+if "tensor" in CASES:
+    TO_OTHER_STAGES += [(2, "tensor-2", "tensor-0"), (4, "tensor-1-bf16", "tensor-1-bf16opt")]
 """(ranks that wrote, case that wrote, case that reads); read on the other number of ranks."""
 REFUSED = {
     (2, 2, "pipe-1", "pipe-of-1"): ("pipeline parallelism 2", "has no pipeline"),
@@ -183,6 +189,23 @@ def test_another_degree_is_refused_naming_both(runs: Runs, key: tuple[int, int, 
     error = runs.resumed(*key)["error"]
     assert error.startswith("InvalidLayoutError") and live in error
     assert f"the checkpoint was written with {stored}" in error
+
+
+@pytest.mark.full
+@pytest.mark.skipif("tensor" not in CASES, reason="needs transformers: pip install transformers")
+@pytest.mark.parametrize(("after", "target", "live"), [
+    (2, "tensor-of-1", "has no pipeline"), (4, "tensor-of-4", "has tensor parallelism 4"),
+])  # fmt: skip
+def test_another_degree_of_autotp_is_refused_naming_both(
+    runs: Runs, tmp_path: Path, after: int, target: str, live: str
+) -> None:
+    """In a launch of its own: DeepSpeed's groups of a process have one degree for ever."""
+    saved = Path(runs.path(2, "tensor-2"))
+    shutil.copytree(saved, tmp_path / saved.name)
+    key = (2, "tensor-2", target)
+    error = _run("resume", tmp_path, after, [key])[key]["error"]
+    assert error.startswith("InvalidLayoutError") and live in error
+    assert "the checkpoint was written with tensor parallelism 2" in error
 
 
 @pytest.mark.full

@@ -15,8 +15,8 @@ from deepspeed.moe.layer import MoE
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
-GLOBAL_BATCH, MICRO_BATCH = 8, 2
-"""Samples per step, and per forward of a pipeline."""
+GLOBAL_BATCH, MICRO_BATCH, SEQUENCE = 8, 2, 4
+"""Samples per step, per forward of a pipeline, and tokens of a sequence where AutoTP divides."""
 BF16: dict[str, Any] = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 14, "loss_scale_window": 2,
                  "hysteresis": 1}}  # fmt: skip
@@ -148,6 +148,29 @@ def _engine(
     )[0]
 
 
+def _tensor_parallel(case: Case, path: str) -> Any:
+    """A model whose linear layers AutoTP divides; it replaces them, so the optimizer comes last."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    module = LlamaForCausalLM(LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=7, attention_dropout=0.1, tie_word_embeddings=True,
+    ))  # fmt: skip
+    replicas = comm.get_world_size() // case.degree
+    config = {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // SEQUENCE // replicas,
+        "gradient_accumulation_steps": 1, "steps_per_print": 10**9,
+        "tensor_parallel": {"autotp_size": case.degree},
+        "zero_optimization": {"stage": case.stage, "reduce_bucket_size": 4000},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 20}},
+        "spotspeed": {"path": path, "interval": {"seconds": None}}, **case.config,
+    }  # fmt: skip
+    return deepspeed.initialize(
+        model=module, model_parameters=module.parameters(), config=config
+    )[0]  # fmt: skip
+
+
 CASES: dict[str, Case] = {
     "pipe-0": Case(_pipeline, 0, {}, has_extra_group=True),
     "pipe-0-bf16": Case(_pipeline, 0, BF16),
@@ -157,6 +180,12 @@ CASES: dict[str, Case] = {
     "pipe-1-fp16": Case(_pipeline, 1, FP16),
     "pipe-of-1": Case(_pipeline, 1, {}, degree=1),
     "pipe-of-4": Case(_pipeline, 1, {}, degree=4),
+    "tensor-0": Case(_tensor_parallel, 0, {}),
+    "tensor-1-bf16": Case(_tensor_parallel, 1, {**BF16, **INTO_BF16}),
+    "tensor-1-bf16opt": Case(_tensor_parallel, 1, {**BF16, **INTO_FP32}),
+    "tensor-2": Case(_tensor_parallel, 2, {}),
+    "tensor-of-1": Case(_tensor_parallel, 2, {}, degree=1),
+    "tensor-of-4": Case(_tensor_parallel, 2, {}, degree=4),
     "moe-0": Case(_mixture, 0, {}),
     "moe-0-bf16": Case(_mixture, 0, BF16),
     "moe-1": Case(_mixture, 1, {}),
@@ -186,7 +215,11 @@ def train(engine: Any, steps: int) -> list[float]:
         if hasattr(engine, "train_batch"):
             losses.append(float(engine.train_batch(_micro_batches(own))))
             continue
-        loss = engine(own)
+        if hasattr(engine.module, "generate"):
+            rows = own.reshape(-1, SEQUENCE)
+            loss = engine(input_ids=rows, labels=rows).loss
+        else:
+            loss = engine(own)
         engine.backward(loss)
         engine.step()
         total = loss.detach().clone()

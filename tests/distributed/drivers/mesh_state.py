@@ -116,6 +116,8 @@ def _concatenation(part: torch.Tensor, group: Any) -> torch.Tensor:
 
 def _global_name(engine: Any, name: str) -> str:
     """Expert `i` of the ranks' `n` each is number `rank * n + i` of the job."""
+    if engine.autotp_size() > 1:
+        return f"tensor_parallel_{comm.get_rank() % engine.autotp_size()}.{name}"
     if ".deepspeed_experts." not in name:
         return name
     prefix, _, rest = name.partition(".deepspeed_experts.")

@@ -128,7 +128,7 @@ def test_offload_that_is_not_supported_is_refused_by_name(
     ("attribute", "value", "words"),
     [
         ("has_moe_layers", True, "mixture of experts in ZeRO stage 3"),
-        ("mp_world_size", 4, "tensor parallelism of 4"),
+        ("mp_world_size", 4, "tensor parallelism of 4 by something else"),
         ("zenflow", True, "ZenFlow"),
         ("_config", SimpleNamespace(compile_config=SimpleNamespace(
             deepcompile=True, offload_opt_states=True)), "DeepCompile's offload_opt_states"),
