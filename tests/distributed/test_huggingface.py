@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import spotspeed
 from spotspeed.checkpoint.rotation import given_up
+from spotspeed.cli import app
 from spotspeed.integrations.huggingface_files import prepare
 from spotspeed.storage import open_storage
 from tests.distributed.job import Job, Launch, Launcher, by_mpirun
@@ -88,6 +90,7 @@ def test_trainer_is_interrupted_and_goes_on_bit_for_bit(stage: int, tmp_path: Pa
     assert by_step(job.records()) == reference, "losses, rates, epochs and history"
     check_rotated(job)
     check_mended(job)
+    check_exported(job)
 
 
 def check_rotated(job: Job) -> None:
@@ -118,3 +121,21 @@ def check_mended(job: Job) -> None:
     assert theirs["python"] == ours["python"] and torch.equal(theirs["cpu"], ours["cpu"])
     assert {path.name.partition(".")[0] for path in out.glob("*unfinished*")} == {"checkpoint-99"}
     assert not (out / "checkpoint-99").exists()
+
+
+def check_exported(job: Job) -> None:
+    """What the README says for `from_pretrained`, where only the weights are in a directory."""
+    from transformers import AutoConfig, GPT2LMHeadModel
+
+    newest = job.folder / "out" / f"checkpoint-{STEPS}"
+    expected = GPT2LMHeadModel.from_pretrained(newest).state_dict()
+    config = AutoConfig.from_pretrained(newest)
+    for name in ("model.safetensors", "config.json"):
+        (newest / name).unlink()
+    tag = spotspeed.list_checkpoints(str(job.path))[0].tag
+    done = CliRunner().invoke(app, ["export", str(job.path), tag, "--to", "safetensors",
+                                    str(newest / "model.safetensors")])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = GPT2LMHeadModel.from_pretrained(newest, config=config).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
