@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import pathlib
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +27,14 @@ Places = Annotated[list[str], typer.Argument(
     metavar="PATH [TAG] OUT", help="The checkpoints, one of them (else the newest), what to make."
 )]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command has done: a line for people, and the same for programs."""
+
+    text: str
+    document: dict[str, Any]
 
 
 class Target(StrEnum):
@@ -49,9 +59,31 @@ def register(
     app: typer.Typer, reported: Callable[[Callable[..., None]], Callable[..., None]]
 ) -> None:
     """Add the commands to `app`; `reported` turns errors of ours into exit codes."""
-    app.command()(reported(export))
-    app.command("import")(reported(import_))
+    app.command()(reported(answered(export)))
+    app.command("import")(reported(answered(import_)))
     app.command("compare")(reported(compare_))
+
+
+def answered(command: Callable[..., Answer]) -> Callable[..., None]:
+    """`command` with an option more, --json: its answer is printed as text or as a document."""
+
+    @wraps(command)
+    def run(*args: Any, as_json: bool = False, **kwargs: Any) -> None:
+        answer = command(*args, **kwargs)
+        if as_json:
+            _print_json(answer.document)
+            return
+        for note in answer.document.get("notes", ()):
+            sys.stderr.write(f"note: {note}\n")
+        sys.stdout.write(f"{answer.text}\n")
+
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False,
+                               annotation=Json)  # fmt: skip
+    parameters = [*signature.parameters.values(), option]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {**command.__annotations__, "as_json": Json, "return": None}
+    return run
 
 
 def export(
@@ -69,8 +101,7 @@ def export(
     sub_group_size: Annotated[
         int | None, typer.Option(min=1, help="deepspeed, stage 3: as in their config.")
     ] = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Write a checkpoint's state for another tool."""
     if not 2 <= len(places) <= 3:
         raise ConfigError(f"PATH [TAG] OUT expected, given {' '.join(places)}")
@@ -94,11 +125,11 @@ def export(
 
             wanted = target_of(reader, ranks=ranks, stage=stage, sub_group_size=sub_group_size)
             done = export_deepspeed(reader, open_storage(out), info.tag, wanted)
-    if as_json:
-        _print_json({"out": out, "tag": info.tag, "step": info.step, "made": dict(done)})
-        return
     said = ", ".join(f"{name} {value}" for name, value in done.items())
-    sys.stdout.write(f"{out}: {said}; from {info.tag} (step {info.step})\n")
+    return Answer(
+        f"{out}: {said}; from {info.tag} (step {info.step})",
+        {"out": out, "tag": info.tag, "step": info.step, "made": dict(done)},
+    )
 
 
 def import_(
@@ -110,8 +141,7 @@ def import_(
     scheduler: Annotated[
         str | None, typer.Option(help="Class of the learning-rate scheduler, if not configured.")
     ] = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Bring a checkpoint that DeepSpeed saved (ZeRO 1, 2 or 3) to PATH; runs no code of it."""
     with _quiet_stdout():
         from spotspeed.integrations.deepspeed_import import import_deepspeed
@@ -120,16 +150,13 @@ def import_(
             pathlib.Path(source), open_storage(to), tag=tag, scheduler=scheduler
         )
     ticket = done.manifest.ticket
-    if as_json:
-        _print_json({
-            "path": to, "directory": ticket.directory, "tag": ticket.tag, "step": ticket.step,
-            "size_bytes": done.manifest.data_bytes, "notes": list(done.notes),
-        })  # fmt: skip
-        return
-    for note in done.notes:
-        sys.stderr.write(f"note: {note}\n")
-    sys.stdout.write(f"{to}/{ticket.directory}: {ticket.tag}, step {ticket.step}, "
-                     f"{done.manifest.data_bytes} bytes\n")  # fmt: skip
+    document = {
+        "path": to, "directory": ticket.directory, "tag": ticket.tag, "step": ticket.step,
+        "size_bytes": done.manifest.data_bytes, "notes": list(done.notes),
+    }  # fmt: skip
+    text = (f"{to}/{ticket.directory}: {ticket.tag}, step {ticket.step}, "
+            f"{done.manifest.data_bytes} bytes")  # fmt: skip
+    return Answer(text, document)
 
 
 def compare_(
