@@ -54,6 +54,7 @@ def _unsupported(engine: Any) -> Iterable[str]:
     if optimizer is None or "dummyoptim" in names or "zerooffload" in names:
         yield "an engine without an optimizer (there is nothing to resume)"
     yield from _unsupported_tensors(engine)
+    yield from _unsupported_sequences(engine)
     yield from _unsupported_experts(engine)
     if type(engine).__name__ == "DeepSpeedHybridEngine":
         yield "the hybrid engine (it keeps inference copies of the weights)"
@@ -70,6 +71,12 @@ def _unsupported(engine: Any) -> Iterable[str]:
     if any(hasattr(parameter, "ds_optim_param") for parameter in engine.module.parameters()):
         yield "OptimizedLinear (its frozen weights are sharded beside ZeRO)"
     yield from _unsupported_offload(optimizer)
+
+
+def _unsupported_sequences(engine: Any) -> Iterable[str]:
+    size = int(getattr(engine, "sequence_parallel_size", 1) or 1)
+    if size > 1 and engine.zero_optimization_stage() < 3:
+        yield f"sequences shared by {size} ranks in ZeRO stage {engine.zero_optimization_stage()}"
 
 
 def _unsupported_experts(engine: Any) -> Iterable[str]:

@@ -153,9 +153,6 @@ def _full_cases() -> list[Case]:
         Case("z1-rr", {**_zero(1, round_robin_gradients=True), **BF16}),
         *_muon_cases(),
         *_mesh_cases(),
-        Case("s0-gas", {**_zero(0), **BF16}, accumulation=2),
-        Case("z2-host-gas", {**host2, **BF16}, accumulation=2),
-        Case("z3-host-gas", {**host3, **BF16}, accumulation=2, **three),
         Case("z2-lora", {**_zero(2), **BF16}, frozen_rows=5000),
         Case("z3-lora", {**_zero(3, **SMALL3), **BF16}, frozen_rows=5000, **three),
     ]  # fmt: skip
@@ -167,9 +164,6 @@ def _mesh_cases() -> list[Case]:
     secondary = _zero(3, **{**SMALL3, "stage3_param_persistence_threshold": 0},
                       zero_hpz_partition_size=2)  # fmt: skip
     return [
-        Case("s0-ulysses", _zero(0), sequence=2),
-        Case("z1-ulysses", _zero(1), sequence=2),
-        Case("z2-ulysses", {**_zero(2), **BF16}, sequence=2),
         Case("z3-ulysses", {**_zero(3, **SMALL3), **BF16}, sequence=2, **three),
         Case("z3-hpz", {**secondary, **BF16}, **three),
     ]
