@@ -31,7 +31,7 @@ PLAIN = (
     "z1-rr", "bf16opt", "z2-fp32", "z2-bf16", "z2-fp16", "z2-rr", "z2-rr-aligned", "z2-amsgrad",
     "z2-sgd", "z2-adagrad", "z2-host", "z2-host-rr", "z2-lora", "z2-master16", "z3-fp32",
     "z3-bf16", "z3-fp16", "z3-sgd", "z3-adagrad", "z3-host", "z3-lora", "z3-master16",
-    "z3-ulysses", "z3-hpz",
+    "z3-hpz",
 )  # fmt: skip
 MUON = ("s0-muon", "z1-muon", "muon-bf16opt", "z2-muon", "z2-muon-fp32", "z2-muon-rr",
         "z2-muon-host", "z3-muon", "z3-muon-host")  # fmt: skip
@@ -39,7 +39,7 @@ FAMILIES = {
     "fp32": ("s0-fp32", "z1-fp32", "z2-fp32", "z2-rr", "z2-rr-aligned", "z3-fp32",
              "z2-host-rr"),
     "bf16": ("s0-bf16", "z1-bf16", "z1-rr", "bf16opt", "z2-bf16", "z1-host", "z2-host", "z3-bf16",
-             "z3-host", "z3-hpz", "z3-ulysses"),
+             "z3-host", "z3-hpz"),
     "fp16": ("s0-fp16", "z2-fp16", "z3-fp16"),
     "sgd": ("s0-sgd", "z2-sgd", "z3-sgd"),
     "adagrad": ("s0-adagrad", "z2-adagrad", "z3-adagrad"),
