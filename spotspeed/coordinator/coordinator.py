@@ -36,7 +36,7 @@ LEAVE_GRACE_S = 1.5
 """How long the main thread may take to the gate once all ranks may leave."""
 REARM_S = 2.0
 STALL_REPORT_S = 1.0
-LOSS_SIGN_S = 1.0
+LOSS_SIGN_S = 0.5
 """How long a rank whose collective has failed waits for the news that another is gone."""
 DRAIN_S = 1.0
 
