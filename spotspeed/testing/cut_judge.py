@@ -127,13 +127,21 @@ class Judge:
                 raise Violation(f"rank {rank.number} left, rank {other.number} has no {action}")
 
     def _let_go_in_time(self, rank: Rank, now: float) -> None:
-        """A survivor inside an update that a dead rank never ends is not kept there for long."""
+        """A survivor inside an update that a dead rank never ends is not kept there for long.
+
+        Counted from the crash, or from the last end of a process that had left before it knew.
+        """
         scenario, gate = self.scenario, rank.machine.gate
         if self.broke_at is None or scenario.spike or scenario.delay_s > SHORT_DELAY_S:
             return
         waited_s = now - self.broke_at
         if gate.started > gate.completed and waited_s > scenario.timing.stuck_s + LET_GO_S:
             raise Violation(f"rank {rank.number} was stuck for {waited_s:.1f} s after the crash")
+
+    def exited(self, rank: Rank, now: float) -> None:
+        """Who leaves in its own time tells nobody more, and is waited for until it is gone."""
+        if self.broke_at is not None and rank.number in self._departures:
+            self.broke_at = now
 
     def closed(self, rank: Rank) -> None:
         for other in self.ranks:

@@ -144,6 +144,7 @@ class World:
         if not rank.is_alive:
             return
         rank.is_alive = False
+        self.judge.exited(rank, self.now)
         for other in self.ranks:
             if (rank.number, other.number) in self._linked:
                 seen_at = max(self.now + self._delay(), self._last_sent(rank, other))
