@@ -144,16 +144,14 @@ void Leader::want_stop(OptionalTime deadline, const std::string& source, Time no
                                      [this](const Round& entry) { return !is_decided(entry); });
   if (stopping != rounds_.end()) {
     stopping->deadline = sooner(stopping->deadline, deadline);
-  } else if (agreeing == rounds_.end()) {
-    begin(true, deadline, source, now);
-  } else if (!agreeing->cut) {
+  } else if (agreeing != rounds_.end() && !agreeing->cut) {
     agreeing->stop = true;
     agreeing->source = source;
     agreeing->deadline = deadline;
-  } else if (!queued_) {
-    queued_ = {deadline, source};
   } else {
+    if (!queued_) queued_ = {std::nullopt, source};
     queued_->first = sooner(queued_->first, deadline);
+    begin_queued(now);
   }
 }
 
@@ -201,7 +199,10 @@ void Leader::decide(Round& entry, std::int64_t step, Time now) {
 }
 
 void Leader::advance(Round& entry, Time now) {
-  if (entry.outcome) return finish_if_known(entry, now);
+  if (entry.outcome) {
+    finish_if_known(entry, now);
+    return begin_queued(now);
+  }
   const auto failed = std::find_if(
       office_.members.begin(), office_.members.end(),
       [&entry](Rank rank) { return entry.phase(rank) == Phase::kFailed; });

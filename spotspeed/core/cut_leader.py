@@ -156,15 +156,13 @@ class Leader:
         agreeing = [entry for entry in self.rounds.values() if not self._is_decided(entry)]
         if stopping:
             stopping[0].deadline = _sooner(stopping[0].deadline, deadline)
-        elif not agreeing:
-            self._begin(True, deadline, source, now)
-        elif agreeing[0].cut is None:
+        elif agreeing and agreeing[0].cut is None:
             entry = agreeing[0]
             entry.stop, entry.source, entry.deadline = True, source, deadline
-        elif self._queued is None:
-            self._queued = (deadline, source)
         else:
-            self._queued = (_sooner(self._queued[0], deadline), self._queued[1])
+            queued = self._queued or (None, source)
+            self._queued = (_sooner(queued[0], deadline), queued[1])
+            self._begin_queued(now)
 
     def _may_snap(self) -> bool:
         """A wish for a save joins the round that runs, unless that one only has to be written."""
@@ -173,6 +171,7 @@ class Leader:
         return all(self._is_captured(entry) for entry in self.open_rounds())
 
     def _begin_queued(self, now: float) -> None:
+        """Stop once all know the step of the round that runs; several wishes are one stop."""
         if self._queued is not None and all(map(self._is_decided, self.rounds.values())):
             (deadline, source), self._queued = self._queued, None
             self._begin(True, deadline, source, now)
@@ -198,6 +197,7 @@ class Leader:
     def _advance(self, entry: Round, now: float) -> None:
         if entry.outcome is not None:
             self._finish_if_known(entry, now)
+            self._begin_queued(now)
             return
         failed = [rank for rank in self.members if entry.phase(rank) is Phase.FAILED]
         if failed and not self.lost:
