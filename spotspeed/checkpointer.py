@@ -101,7 +101,7 @@ class Checkpointer:
         self._session.record_restored(self._restored)
         self._has_restored = True
         if restored is not None:
-            loader_guard.hold()
+            loader_guard.hold(draws=self._small.is_between_epochs)
         self._start()
         return restored
 

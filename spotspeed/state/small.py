@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from spotspeed.core import plain
 from spotspeed.core.layout import StoredTensor, TensorKey
 from spotspeed.errors import CaptureError, FormatError
-from spotspeed.state import counters, groups, rng, scaler, schedule
+from spotspeed.state import counters, groups, loader_guard, rng, scaler, schedule
 from spotspeed.state.buffers import BufferCopy, Buffers
 from spotspeed.state.cursor import Cursor, resume_cursor
 from spotspeed.state.late import LateState
@@ -48,6 +48,7 @@ class Record:
     scaler: dict[str, Any]
     rng: RngState
     cursor: dict[str, Any] | None
+    is_between_epochs: bool
     buffers: BufferCopy
     ready: Any
     """The accelerator's event after the copies, or None where copies are synchronous."""
@@ -84,6 +85,8 @@ class SmallState:
 
         `apply` sets it to the stored one, which thus survives until the loader is there again.
         """
+        self.is_between_epochs = False
+        """Of the boundary that `apply` restored: whether it ended an epoch of a DataLoader."""
         self.late = LateState() if late is None else late
         self._engine, self._group_names = engine, group_names
         self._optimizer = groups.inner_optimizer(engine)
@@ -94,14 +97,17 @@ class SmallState:
         self._lock = threading.Lock()
         self._slots: list[_Slot] = []
         self._is_asynchronous = not get_accelerator().is_synchronized_device()
+        loader_guard.watch()
         self._check()
 
-    def record(self) -> None:
+    def record(self, *, completes_step: bool = False) -> None:
         """Keep the state as it is now, under the engine's step count; call at an update's exit.
 
-        Costs some tens of microseconds and one copy of the buffers; takes no memory after the
-        second call unless a reader holds an older record.
+        `completes_step` says that it is one. Costs some tens of microseconds and one copy of the
+        buffers; takes no memory after the second call unless a reader holds an older record.
         """
+        if completes_step:
+            loader_guard.complete_step()
         with self._lock:
             oldest = self._slots.pop(0) if len(self._slots) == _KEPT else None
         spare = None if oldest is None or oldest.is_taken else oldest.record.buffers
@@ -153,6 +159,7 @@ class SmallState:
             "rank": self._rank,
             "world_size": self._world_size,
             "rng": record.rng.to_dict(),
+            "between_epochs": record.is_between_epochs,
         }
         if self._is_divided:  # Rank 0 has other parameters, and may have other groups.
             state["groups"] = groups.describe(record.groups, self._group_names())
@@ -241,6 +248,7 @@ class SmallState:
                     f"{rank_state['step']}"
                 )
             if rank_state["rank"] == self._rank:
+                self.is_between_epochs = bool(rank_state.get("between_epochs"))
                 return rng.restore(rank_state["rng"], spare_seed=spare)
         rng.reseed(spare)
         return [f"rank {self._rank} has no random state of its own there: it was reseeded"]
@@ -261,6 +269,7 @@ class SmallState:
             scaler=scaled,
             rng=rng.capture(),
             cursor=self.cursor.at(int(engine.global_samples)) if self.cursor else None,
+            is_between_epochs=loader_guard.is_between_epochs(),
             buffers=copied,
             ready=ready,
         )

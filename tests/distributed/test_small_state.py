@@ -39,9 +39,10 @@ def test_one_process_resumes_bit_for_bit_at_every_stage():
     assert lines(output, 0) == [f"{name}:" for name in CASES]
 
 
-def test_the_hooks_fire_at_the_boundaries_of_real_engines():
+def test_the_hooks_fire_at_the_boundaries_of_real_engines_and_epochs_resume_exactly():
     output = run_alone("tests/distributed/drivers/boundary_real.py")
-    assert lines(output, 0) == ["check_engine:", "check_overflow:", "check_pipeline:"]
+    assert lines(output, 0) == [f"check_{name}:" for name in
+                                ("engine", "overflow", "pipeline", "epochs")]  # fmt: skip
 
 
 @pytest.mark.ranks

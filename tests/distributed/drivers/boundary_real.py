@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch.utils.data import DataLoader
 
+import spotspeed
 from spotspeed.state import boundary
 from spotspeed.state.boundary import PASS
 
@@ -148,6 +151,36 @@ def check_pipeline() -> None:
     engine.destroy()
 
 
+def check_epochs() -> None:
+    """A plain loop over a DataLoader goes on bit for bit before, at and after an epoch's end."""
+    with tempfile.TemporaryDirectory() as directory:
+        whole, restored = train_epochs(directory, None)
+        assert restored is None and len(whole) == 8
+        for cut in (3, 4, 5):
+            assert train_epochs(directory, f"step-{cut}") == (whole[cut:], cut), cut
+
+
+def train_epochs(directory, tag):
+    """Two epochs of four steps under dropout, or what is left of them."""
+    block = {"path": directory, "interval": {"steps": 1, "seconds": None}, "keep": {"last": 99}}
+    torch.manual_seed(5)
+    engine = make(spotspeed=block, gradient_accumulation_steps=1)
+    checkpointer, losses = spotspeed.attach(engine), []
+    restored = checkpointer.restore(tag)
+    torch.manual_seed(6) if restored is None else None
+    for _ in range(engine.global_steps // 4, 2):
+        loader = DataLoader(list(range(8)), batch_size=2)
+        for batch in itertools.islice(loader, engine.global_steps % 4, None):
+            inputs = torch.nn.functional.dropout(batch[:, None].expand(2, 4) + 1.0, 0.5)
+            loss = engine(inputs).mean()
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    checkpointer.close()
+    engine.destroy()
+    return losses, None if restored is None else restored.step
+
+
 def main() -> None:
     from deepspeed.accelerator import get_accelerator
 
@@ -155,7 +188,7 @@ def main() -> None:
     get_accelerator().is_fp16_supported = lambda: True
     check_signatures()
     deepspeed.init_distributed("gloo")
-    for check in (check_engine, check_overflow, check_pipeline):
+    for check in (check_engine, check_overflow, check_pipeline, check_epochs):
         check()
         sys.stdout.write(f"rank 0: {check.__name__}: ok\n")
 
