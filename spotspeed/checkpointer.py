@@ -16,6 +16,7 @@ from spotspeed.checkpoint.register import SaveRegister
 from spotspeed.checkpoint.restore import Restored, Seat, restore_agreed
 from spotspeed.checkpoint.save import begin_save, share_bytes
 from spotspeed.checkpoint.session import Standing, open_session
+from spotspeed.checkpoint.survivors import Lost, take_seats
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import GateVerdict
 from spotspeed.core.manifest import Manifest, Ticket
@@ -72,8 +73,7 @@ class Checkpointer:
         self._binding = boundary.bind(engine, self)
         self._binding.watches_forward = True
         self._small.record()
-        record = self._small.snapshot(int(engine.global_steps))
-        self._session.stager.reserve(share_bytes(self._provider, self._small, record))
+        self._session.stager.reserve(share_bytes(self._provider, self._small, engine.global_steps))
         url, epoch = self.storage.url, self._session.epoch
         events.emit(events.Attached(url, epoch, self.rank, self.world_size, self._provider.name))
         tell(attached=self.rank, epoch=epoch, path=url)
@@ -309,13 +309,12 @@ class Checkpointer:
         restored = self._restored
         return None if restored is None else Standing(restored.step, restored.digest)
 
-    def submit(self, step: int, attempt: str, tag: str, reason: str) -> SaveHandle:
+    def submit(self, step: int, attempt: str, tag: str, reason: str, lost: Lost = ()) -> SaveHandle:
         """The save of `step` named `attempt`: a new one, or the one that already has this name."""
-        restored_from = self._restored.directory if self._restored else None
-        handle, is_new = self._register.submit(
-            Ticket(self._session.epoch, step, attempt, tag, reason, self.world_size,
-                   int(time.time()), restored_from)
-        )  # fmt: skip
+        origin = self._restored.directory if self._restored else None
+        ticket = Ticket(self._session.epoch, step, attempt, tag, reason,
+                        self.world_size - len(lost), int(time.time()), origin)  # fmt: skip
+        handle, is_new = self._register.submit(ticket, lost=lost)
         if is_new:
             self._save_began = time.monotonic()
             self._cuts.follow(handle)
@@ -353,10 +352,10 @@ class Checkpointer:
 
     def _begin(self, handle: SaveHandle) -> Any:
         """Describe and stage one save, on the queue's thread."""
-        record = self._small.snapshot(handle.step)
-        named = self._register.named(handle)
+        record, named = self._small.snapshot(handle.step), self._register.named(handle)
         sources = (named.provider(self._provider), self._small, self._session.stager)
-        return begin_save(handle.ticket, rank=self.rank, sources=sources, record=record,
+        seats = take_seats(self, handle.ticket, self._register.lost(handle))
+        return begin_save(handle.ticket, seats=seats, sources=sources, record=record,
                           extra=named.extra(), orders=self._cuts.orders(handle))  # fmt: skip
 
     def _has_everywhere(self, exchange: Exchange, step: int) -> bool:

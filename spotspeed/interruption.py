@@ -15,6 +15,7 @@ from typing import Protocol
 from spotspeed import events
 from spotspeed.checkpoint.queue import SaveHandle
 from spotspeed.checkpoint.session import Session, Standing
+from spotspeed.checkpoint.survivors import Lost
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import Cut
 from spotspeed.core.deadline import Orders
@@ -35,8 +36,11 @@ LOST_PART_S = 3.0
 class Saves(Protocol):
     """What the checkpointer saves with; any thread may ask."""
 
-    def submit(self, step: int, attempt: str, tag: str, reason: str) -> SaveHandle:
-        """The save of that name: a new one, or the one that has it already."""
+    def submit(self, step: int, attempt: str, tag: str, reason: str, lost: Lost = ()) -> SaveHandle:
+        """The save of that name: a new one, or the one that has it already.
+
+        Where ranks are lost, the others write what replicas of it still hold.
+        """
         ...
 
     def again(self, handle: SaveHandle) -> SaveHandle:
@@ -132,9 +136,6 @@ class Interruption:
             return coordinator.report_durable(cut.round, standing.digest)
         if cut.step < 0:
             return coordinator.report_failed(cut.round, "nothing has been trained or restored yet")
-        if cut.lost:
-            why = f"rank {cut.lost[0]} is lost, and its part of step {cut.step} with it"
-            return coordinator.report_failed(cut.round, why)
         if cut.stop and cut.round not in self._captures:
             left_s = cut.seconds_left
             left_s = self._config.notice.deadline_s if left_s is None else left_s
@@ -142,13 +143,14 @@ class Interruption:
             self._orders = plan.orders
             self._saves.hurry(plan.patience_s)
         attempt, reason = cut.attempt, "notice" if cut.stop else "periodic"
-        if self._saves.is_on_grid(cut.step):
+        if self._saves.is_on_grid(cut.step) and not cut.lost:
             attempt, reason = "p", "periodic"
         with self.lock:
             if self.is_changing:
                 handle = None
             elif (handle := self._captures.get(cut.round)) is None:
-                handle = self._saves.submit(cut.step, attempt, f"step-{cut.step}", reason)
+                tag = f"step-{cut.step}"
+                handle = self._saves.submit(cut.step, attempt, tag, reason, cut.lost)
                 self._captures[cut.round] = handle
         if handle is None:
             return coordinator.report_failed(cut.round, "the state is being replaced by a load")
@@ -203,7 +205,7 @@ class Interruption:
 
         handle.staging_completion.add_done_callback(staged)
         handle.upload_completion.add_done_callback(durable)
-        if self._lost:
+        if set(self._lost) - set(cut.lost):
             self._doubt(cut.round, handle, began)
 
     def _try_again(self, cut: Cut, handle: SaveHandle, began: float, error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from spotspeed.checkpoint.agreement import Exchange, share_all
 from spotspeed.checkpoint.named import NamedSave
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
+from spotspeed.checkpoint.survivors import Lost
 from spotspeed.core.manifest import Manifest, Ticket
 
 
@@ -19,19 +20,23 @@ class SaveRegister:
         self._lock = threading.Lock()
         self._handles: dict[tuple[int, str], SaveHandle] = {}
         self._named: dict[tuple[int, str], NamedSave] = {}
+        self._lost: dict[tuple[int, str], Lost] = {}
         self._named_count = 0
         self._finishing: list[SaveHandle] = []
 
-    def submit(self, ticket: Ticket, *, again: bool = False) -> tuple[SaveHandle, bool]:
+    def submit(
+        self, ticket: Ticket, *, again: bool = False, lost: Lost = ()
+    ) -> tuple[SaveHandle, bool]:
         """The save of the ticket's step and attempt, and whether it is a new one.
 
         The name decides alone, so that all ranks join the same saves whatever happened first; with
-        `again` one that has failed here is begun anew.
+        `again` one that has failed here is begun anew. The ranks in `lost` have no part in it.
         """
         with self._lock:
             known = self._handles.get((ticket.step, ticket.attempt))
             if known is not None and not (again and known.has_failed):
                 return known, False
+            self._lost[ticket.step, ticket.attempt] = lost
             handle = self._queue.submit(ticket)
             self._handles = {
                 key: value for key, value in self._handles.items()
@@ -52,6 +57,11 @@ class SaveRegister:
         """What `handle` carries beside the training state; to be asked once."""
         with self._lock:
             return self._named.pop((handle.step, handle.ticket.attempt), NamedSave("", ""))
+
+    def lost(self, handle: SaveHandle) -> Lost:
+        """The ranks that have no part in it."""
+        with self._lock:
+            return self._lost.pop((handle.step, handle.ticket.attempt), ())
 
     def then(self, handle: SaveHandle, finish: Callable[[Manifest], Manifest]) -> SaveHandle:
         """`handle.then(finish)`, which `settle` waits for as well."""

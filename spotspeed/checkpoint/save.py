@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from spotspeed.checkpoint.survivors import Seats
 from spotspeed.core import plain
 from spotspeed.core.deadline import Orders
 from spotspeed.core.layout import KIND_BLOB, KIND_MASTER, KIND_WEIGHT, TensorKey
@@ -29,7 +30,7 @@ def rank_key(rank: int) -> TensorKey:
 def begin_save(
     ticket: Ticket,
     *,
-    rank: int,
+    seats: Seats,
     sources: tuple[StateProvider, SmallState, Stager],
     record: Record,
     extra: Mapping[str, Any],
@@ -37,23 +38,26 @@ def begin_save(
 ) -> StagedSave:
     """Start to stage this rank's part of `ticket`; returns before the bytes are copied.
 
-    `record` is the small state at the ticket's step and `extra` joins the job's blob
-    ("client_state", ...); `orders` replaces how the config would have it stored. The tensors may
-    not change until the save is staged. Raises CaptureError when something cannot be stored,
-    naming it.
+    `seats` says who the ticket's ranks are, `record` is the small state at its step, and `extra`
+    joins the job's blob ("client_state", ...); `orders` replaces how the config would have it
+    stored. The tensors may not change until the save is staged. Raises CaptureError when something
+    cannot be stored, naming it: also what only a lost rank had.
     """
     provider, small, stager = sources
-    pieces = [*provider.pieces(), *provider.derived_mismatches(), *small.buffer_pieces(record)]
-    own = {**small.rank(record), **small.late.stored(ticket.step)}
+    rank = seats.seat
+    shared = seats.divide([*provider.pieces(), *provider.derived_mismatches()])
+    pieces = [*shared, *small.buffer_pieces(record, seat=rank)]
+    written_by = {"world_size": ticket.world_size}
+    own = {**small.rank(record), **written_by, **small.late.stored(ticket.step)}
     blobs = {rank_key(rank): _encode(own, what="rank state")}
     if rank == 0:
-        job = {**small.job(record), "model": provider.describe(), **extra}
+        job = {**small.job(record), **written_by, "model": provider.describe(), **extra}
         blobs[JOB_KEY] = _encode(job, what="job state")
     held = [(share.fragment, share.tensor) for share in (piece.share for piece in pieces)
             if share.fragment.interval.count]  # fmt: skip
     frozen = [item for item in held if _is_frozen(item[0].key)]
     shares = [item for item in held if not _is_frozen(item[0].key)]
-    return stager.stage(ticket, shares, blobs, frozen=frozen, orders=orders)
+    return stager.stage(ticket, shares, blobs, rank=rank, frozen=frozen, orders=orders)
 
 
 def _is_frozen(key: TensorKey) -> bool:
@@ -61,11 +65,12 @@ def _is_frozen(key: TensorKey) -> bool:
     return key.kind == KIND_WEIGHT and not key.scope
 
 
-def share_bytes(provider: StateProvider, small: SmallState, record: Record) -> int:
-    """About what this rank writes per save, without the small blobs.
+def share_bytes(provider: StateProvider, small: SmallState, step: int) -> int:
+    """About what this rank writes per save, without the small blobs; the state is that of `step`.
 
     Before the first step most optimizers have no state yet: two moments per master are assumed.
     """
+    record = small.snapshot(step)
     shares = [piece.share.fragment for piece in provider.pieces()]
     master_bytes = sum(share.size_bytes for share in shares if share.key.kind == KIND_MASTER)
     other_bytes = sum(share.size_bytes for share in shares if share.key.kind != KIND_MASTER)

@@ -95,6 +95,7 @@ class Stager:
         pieces: Sequence[tuple[Fragment, torch.Tensor]],
         blobs: Mapping[TensorKey, bytes],
         *,
+        rank: int | None = None,
         frozen: Sequence[tuple[Fragment, torch.Tensor]] = (),
         orders: Orders | None = None,
     ) -> StagedSave:
@@ -102,6 +103,7 @@ class Stager:
 
         `pieces` are fragments with 1-D contiguous tensors of exactly their elements, `blobs`
         become one-dimensional uint8 tensors; without `orders` the config says how they are stored.
+        `rank` is the part of the ticket that this is, by default that of this rank's number.
         `frozen` are pieces that nothing trains: they are read now, and copied only when the last
         save did not hold the same. The tensors may not change until `StagedSave.wait_staged`.
         Raises CaptureError for a tensor that is not its fragment; all other failures come out of
@@ -113,9 +115,10 @@ class Stager:
         fragments, sources = gather(pieces, blobs)
         everything = [*share.fragments, *fragments], [*share.sources, *sources]
         self._is_on_device |= any(isinstance(source, DeviceSource) for source in sources)
+        part = self._rank if rank is None else rank
         seed = zlib.crc32(ticket.digest, self._rank)
         save = StagedSave(
-            ticket, self._rank, contents=(fragments, sources), frozen=share,
+            ticket, part, contents=(fragments, sources), frozen=share,
             window=Window(*everything, self._config.staging.check, seed=seed),
             settings=CopySettings(
                 self._open_session, lambda: next(self._numbers), self._help,

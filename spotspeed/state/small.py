@@ -166,9 +166,12 @@ class SmallState:
             state["schedule"] = record.schedule
         return state
 
-    def buffer_pieces(self, record: Record) -> list[Piece]:
-        """This rank's buffers; the tensors belong to the record and stay as they are."""
-        return self._buffers.pieces(record.buffers, f"rank-{self._rank}")
+    def buffer_pieces(self, record: Record, *, seat: int | None = None) -> list[Piece]:
+        """This rank's buffers; the tensors belong to the record and stay as they are.
+
+        `seat` is the rank that they are stored as, where it is another.
+        """
+        return self._buffers.pieces(record.buffers, f"rank-{self._rank if seat is None else seat}")
 
     def buffer_targets(self, stored: Mapping[TensorKey, StoredTensor]) -> list[Piece]:
         """The live buffers that take over `stored`, to be filled before `apply`.

@@ -9,11 +9,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+
+import spotspeed
 from spotspeed.checkpoint.catalog import scan
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.staging.launch import saver_address
 from spotspeed.storage import open_storage
-from tests.ranks import ROOT, free_port, rank_environment, remove_shared_memory, run_ranks
+from tests.ranks import (
+    ROOT,
+    free_port,
+    launch_command,
+    rank_environment,
+    remove_shared_memory,
+    run_ranks,
+)
 
 DRIVER = ROOT / "tests" / "distributed" / "drivers" / "stops.py"
 LAUNCH_TIMEOUT_S = 180
@@ -109,9 +121,38 @@ def test_a_killed_rank_ends_the_others_with_76_and_the_newest_tag(tmp_path):
     assert [rank.returncode for rank in ended] == [76, -9, 76], texts
     assert "nothing newer than 'good' (step 3) is known durable" in ended[0].stderr, texts
     assert "nothing newer than 'good' (step 3) is known durable" in ended[2].stderr, texts
+    assert "rank 1 is lost, and its part of the state with it: fp32 of 0.weight" in texts
     assert max(rank.at for rank in ended) - ended[1].at < 20
     assert [info.tag for info in sealed(tmp_path).sealed] == ["good"]
     await_no_saver(tmp_path)
+
+
+def test_survivors_save_what_replicas_cover_of_a_killed_rank_and_leave_with_75(tmp_path):
+    ended = run_alone(3, "covered", tmp_path)
+    texts = "\n".join(rank.stderr for rank in ended)
+    assert [rank.returncode for rank in ended] == [75, -9, 75], texts
+    (newest,) = sealed(tmp_path).sealed
+    assert (newest.step, newest.world_size) == (5, 2), texts
+    found = spotspeed.open_checkpoint(str(tmp_path / "checkpoints"))
+    stored = [found.read(name, "fp32").ravel() for name in found.parameters()]
+    assert sum(map(len, stored)) == (16 + 1) * 16 + 17
+    expected = torch.load(tmp_path / "masters.pt", weights_only=True).numpy()
+    assert np.array_equal(np.sort(np.concatenate(stored)), np.sort(expected))
+    run_ranks(2, DRIVER, "resumed", str(tmp_path), timeout_s=LAUNCH_TIMEOUT_S)
+    assert (tmp_path / "restored-1.json").read_text() == "5"
+
+
+@pytest.mark.full
+def test_under_an_mpirun_that_lets_survivors_live_they_save_what_replicas_cover(tmp_path):
+    port = free_port()
+    command = launch_command(3, DRIVER, "covered", str(tmp_path))
+    command.insert(1, "--enable-recovery")
+    finished = subprocess.run(command, cwd=ROOT, env=rank_environment(port, None),
+                              capture_output=True, text=True, timeout=LAUNCH_TIMEOUT_S)  # fmt: skip
+    remove_shared_memory(port)
+    assert finished.stderr.count("durable at step 5; leaving with 75") == 2, finished.stderr[-6000:]
+    (newest,) = sealed(tmp_path).sealed
+    assert (newest.step, newest.world_size) == (5, 2)
 
 
 def test_an_error_in_one_rank_ends_the_others_with_76(tmp_path):

@@ -24,6 +24,7 @@ from spotspeed import events
 CASE, FOLDER = sys.argv[1], Path(sys.argv[2])
 RANK = int(os.environ["RANK"])
 STOP_STEP = 5
+STAGE = 0 if CASE in ("covered", "resumed") else 1
 PAUSE_S = 2
 AGREED_TIMEOUT_S = 60
 
@@ -73,7 +74,7 @@ def build():
         model=model, model_parameters=model.parameters(),
         config={
             "train_micro_batch_size_per_gpu": 2, "steps_per_print": 10**9,
-            "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
+            "bf16": {"enabled": True}, "zero_optimization": {"stage": STAGE},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
             "spotspeed": {
                 "path": str(FOLDER / "checkpoints"),
@@ -133,6 +134,22 @@ def killed(engine, checkpointer) -> None:
     if RANK == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     train(engine, 100)
+
+
+def covered(engine, checkpointer) -> None:
+    """Rank 1 dies, and the others hold all that it held."""
+    train(engine, 5)
+    if RANK == 0:
+        masters = [flat.detach().float().flatten() for flat in engine.optimizer.fp32_groups[0]]
+        torch.save(torch.cat(masters), FOLDER / "masters.pt")
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    train(engine, 100)
+
+
+def resumed(engine, checkpointer) -> None:
+    """What they saved is trained on from."""
+    train(engine, engine.global_steps + 1)
 
 
 def hanging(engine, checkpointer) -> None:
