@@ -100,6 +100,7 @@ def load(engine: Engine, path: Path | None = None, tag: str | None = None) -> Re
         if restored is None:
             raise ObjectNotFoundError(f"{checkpointer.storage.url}: there is no checkpoint")
         return restored
+    checkpointer.settle()
     found = dropin.find(checkpointer, folder, tag)
     if found["marker"] is None:
         raise ObjectNotFoundError(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from spotspeed import dropin, events
-from spotspeed.checkpoint.agreement import Exchange, impatient, share_all
+from spotspeed.checkpoint.agreement import Exchange, TimedExchange, impatient, share_all
 from spotspeed.checkpoint.named import NamedSave
 from spotspeed.checkpoint.passing import Passing
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
@@ -21,10 +21,10 @@ from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import GateVerdict
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.errors import ConfigError, CorruptionError, LeavingError, SpotSpeedError
-from spotspeed.exit import EXIT_NOT_DURABLE, LOSS_ERRORS, ExitWatch
+from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch
 from spotspeed.interruption import Interruption
 from spotspeed.state import boundary, loader_guard
-from spotspeed.state.engine import Engine, rank_of, world_size_of
+from spotspeed.state.engine import Engine, rank_of, run_loader, world_size_of
 from spotspeed.state.late import LateState, Source, Stateful
 from spotspeed.state.loader import engine_batches
 from spotspeed.state.provider import provider_for
@@ -63,7 +63,7 @@ class Checkpointer:
         self._session = open_session(config, self.rank, self.world_size, listener=self._cuts)
         self.storage: Storage = self._session.storage
         self.origin = self.storage  # Where restore() looks; a rehearsal begins elsewhere.
-        self.exchange: Exchange = self._session.coordinator.exchange
+        self.exchange: TimedExchange = self._session.coordinator.exchange
         self.passing = Passing(self.storage, self._session.epoch, exchange=self.exchange,
                                forwards=lambda: boundary.forwards_of(engine))  # fmt: skip
         self._saves = SaveQueue(self._begin, self._small.late.await_end, self.passing.look)
@@ -74,9 +74,8 @@ class Checkpointer:
         self._binding.watches_forward = True
         self._small.record()
         self._session.stager.reserve(share_bytes(self._provider, self._small, engine.global_steps))
-        url, epoch = self.storage.url, self._session.epoch
-        events.emit(events.Attached(url, epoch, self.rank, self.world_size, self._provider.name))
-        tell(attached=self.rank, epoch=epoch, path=url)
+        self._session.announce(self.world_size, self._provider.name)
+        tell(attached=self.rank, epoch=self._session.epoch, path=self.storage.url)
 
     # What users call.
 
@@ -145,19 +144,21 @@ class Checkpointer:
         self._copy_unless_lazy()
         return handle if finish is None else self._register.then(handle, finish)
 
-    def load(self, storage: Storage, seat: Seat, name: str | None) -> Restored | None:
+    def load(
+        self, storage: Storage, seat: Seat, name: str | None, digest: str | None = None
+    ) -> Restored | None:
         """As `restore`, at any time between two steps; saves in flight are finished first.
 
-        `name` is a tag or directory in `storage`; `seat` is this one or asks for less. After an
-        error the state is what it was or, where a rank had begun to replace it, lost: then only
-        another load is possible.
+        `name` is a tag or directory in `storage`, whose manifest has `digest`; `seat` is this one
+        or asks for less. After an error the state is what it was or, where a rank had begun to
+        replace it, lost: then only another load is possible.
         """
         before = self._restored
         self._hold_saves()
         changed: list[bool] = []
         seat = replace(seat, on_change=lambda: changed.append(True))
         try:
-            restored = restore_agreed(storage, seat, tag=name)
+            restored = restore_agreed(storage, seat, tag=name, digest=digest)
         except SpotSpeedError as error:
             lost = f"the state is lost in a failed load: load another, whole checkpoint ({error})"
             self._lost = lost if changed else self._lost
@@ -174,20 +175,29 @@ class Checkpointer:
         self._start()
         return restored
 
-    def begin_change(self) -> None:
-        """The state is about to be replaced: what comes after is the next epoch's."""
+    def load_elsewhere(self, loader: boundary.Loader) -> Any:
+        """What DeepSpeed's `loader` returns or raises; if it changed the state, a branch begins."""
+        before = self._restored
         self._hold_saves()
-        self._begin_branch()
-        self._lost = ""
+        outcome, has_changed = run_loader(self.engine, loader)
+        if any(share_all(self.exchange, "loaded-elsewhere", has_changed)):
+            self._lost = ""
+            self._begin_branch()
+        elif not self._lost:
+            self._restored, self._cuts.is_changing = before, False
+        return outcome.result()
 
     def _hold_saves(self) -> None:
         """Finish the saves in flight, and capture nothing from here on."""
         with self._cuts.lock:
             self._cuts.is_changing, self._restored = True, None
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait, on every rank, until each save is durable, with its marker, or has failed."""
         self._small.end_step()
         self._saves.close_window(CLOSE_TIMEOUT_S)
-        self._register.drop_hopeless(self.exchange)
-        self._register.settle(CLOSE_TIMEOUT_S)
+        self._register.settle(self.exchange, CLOSE_TIMEOUT_S)
 
     def _begin_branch(self) -> None:
         """Another state follows, to which no saved one leads so far."""
@@ -202,10 +212,9 @@ class Checkpointer:
         return self._session.seat(self.world_size, self._provider, self._small)
 
     def end_step(self) -> None:
-        """All that belongs to the last step is done: `state` is complete for it.
+        """All that belongs to the last step is done: a notice finds its late state complete.
 
-        The next forward, a save and close() say the same; a loop that does long work before any of
-        these may say it first, so that a notice finds the state complete.
+        The next forward, a save and close() say the same; a loop with long work before may say it.
         """
         self._small.end_step()
 
@@ -237,10 +246,10 @@ class Checkpointer:
                 return
             self._small.end_step()
             step = int(self.engine.global_steps)
-            is_kept = self.is_implicit or self._lost or self._has_everywhere(exchange, step)
+            is_kept = bool(self.is_implicit or self._lost)
+            is_kept = is_kept or self._register.has_everywhere(exchange, step, self.standing())
             last = None if is_kept else self.submit(step, "final", f"step-{step}", "final")
-            self._register.drop_hopeless(exchange)
-            self._register.settle(CLOSE_TIMEOUT_S)
+            self._register.settle(exchange, CLOSE_TIMEOUT_S)
             if last is not None:
                 last.wait(CLOSE_TIMEOUT_S)
             if self._session.coordinator.close(CLOSE_TIMEOUT_S) is GateVerdict.LEAVE:
@@ -264,9 +273,9 @@ class Checkpointer:
         """`engine.save_checkpoint`: saved here, with a marker where the caller wants it."""
         return boundary.PASS if self.is_implicit else dropin.save(self, arguments)
 
-    def on_load(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
+    def on_load(self, engine: Any, arguments: Mapping[str, Any], original: boundary.Loader) -> Any:
         """`engine.load_checkpoint`: what a marker names, else DeepSpeed's own files."""
-        return dropin.load(self, arguments)
+        return dropin.load(self, arguments, original)
 
     def before_update(self, engine: Any) -> None:
         """The next update begins only when nothing of the last step is still to be copied."""
@@ -358,12 +367,6 @@ class Checkpointer:
         return begin_save(handle.ticket, seats=seats, sources=sources, record=record,
                           extra=named.extra(), orders=self._cuts.orders(handle))  # fmt: skip
 
-    def _has_everywhere(self, exchange: Exchange, step: int) -> bool:
-        """Whether some save of `step` is under way or durable on every rank."""
-        if self._restored is not None and step == self._restored.step:
-            return True
-        return self._register.has_everywhere(exchange, step)
-
     def _leave(self, where: str) -> NoReturn:
         """End the thread that trains, or the one that closes after it; then the process ends."""
         code = self._cuts.exit_code
@@ -381,10 +384,7 @@ class Checkpointer:
             patience = impatient(self._session.coordinator.exchange, EXIT_PATIENCE_S)
             with self._cuts.deserting(error):
                 return self._close(patience)
-        if isinstance(error, LOSS_ERRORS):
-            timeout_s = self.config.coordinator.peer_timeout_s
-            if self._session.coordinator.await_departure(timeout_s):
-                self._cuts.leave("after an error")
+        self._cuts.leave_after(error)
         self._detach(is_awaited=False)
 
     def _detach(self, *, is_awaited: bool = True) -> None:

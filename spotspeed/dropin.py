@@ -11,11 +11,11 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from spotspeed.checkpoint.agreement import Verdict, all_or_none, share, share_all
+from spotspeed.checkpoint.agreement import Verdict, all_or_none, share, share_all, waiting
 from spotspeed.checkpoint.marker import (
     LATEST_FILE,
     LATEST_UNIVERSAL_FILE,
@@ -33,7 +33,6 @@ from spotspeed.checkpoint.rotation import watch
 from spotspeed.checkpoint.session import absolute
 from spotspeed.core.manifest import Manifest
 from spotspeed.errors import ConfigError, CoordinationError, ObjectNotFoundError, SpotSpeedError
-from spotspeed.state import boundary
 from spotspeed.state.engine import settle_parameters
 from spotspeed.state.fit import Wanted
 from spotspeed.state.small import PARTS
@@ -44,6 +43,8 @@ if TYPE_CHECKING:
     from spotspeed.checkpoint.restore import Restored
     from spotspeed.checkpointer import Checkpointer
 
+WRITING_S = 86400.0
+"""How long a rank whose part is stored waits for one that still writes; a lost one ends it."""
 _logger = logging.getLogger("spotspeed")
 _serials = itertools.count(1)
 """Saves in the order in which this process was asked for them: markers only move forward."""
@@ -112,31 +113,35 @@ def _is_newest(place: tuple[str, str | None], serial: int) -> bool:
 
 def wait_all(checkpointer: Checkpointer, handle: SaveHandle) -> Manifest:
     """Wait on every rank until `handle` is done everywhere; the same error on every rank."""
+    exchange = waiting(checkpointer.exchange, WRITING_S)
     # First each its own part, so that nobody waits for a seal that cannot come.
     for label, future in (
         ("stored", handle.stored_completion),
         ("saved", handle.upload_completion),
     ):
-        all_or_none(checkpointer.exchange, label, future.result)
+        all_or_none(exchange, label, future.result)
     return handle.wait()
 
 
-def load(checkpointer: Checkpointer, arguments: Mapping[str, Any]) -> Any:
+def load(
+    checkpointer: Checkpointer, arguments: Mapping[str, Any], original: Callable[[], Any]
+) -> Any:
     """`load_checkpoint`: (path, client_state); (None, None) when `latest` is asked for and absent.
 
-    PASS, so that DeepSpeed loads, when the tag has no marker. A marker whose checkpoint is damaged
-    or gone is an error on every rank, never (None, None).
+    What `original`, DeepSpeed's own loader, makes of it when the tag has no marker. A marker whose
+    checkpoint is damaged or gone is an error on every rank, never (None, None). Saves in flight are
+    finished first, so that what was asked for is found.
     """
     tag = arguments["tag"]
     folder = _folder("load_dir", arguments["load_dir"])
     is_universal = checkpointer.engine.load_universal_checkpoint()
+    checkpointer.settle()
     found = find(checkpointer, folder, None if tag is None else str(tag), is_universal=is_universal)
     if found["tag"] is None and not is_universal:
         _logger.warning("%s has no file %r: nothing is loaded", folder, LATEST_FILE)
         return None, None
     if found["marker"] is None:
-        checkpointer.begin_change()
-        return boundary.PASS
+        return checkpointer.load_elsewhere(original)
     if arguments["custom_load_fn"] is not None:
         raise ConfigError(
             "custom_load_fn is not supported for checkpoints of spotspeed: read the tensors that "
@@ -186,7 +191,7 @@ def load_marked(
     storage = checkpointer.storage
     if marker.url != storage.url:
         storage = open_storage(marker.url)
-    restored = checkpointer.load(storage, seat, marker.directory)
+    restored = checkpointer.load(storage, seat, marker.directory, marker.digest)
     if restored is None:
         raise ObjectNotFoundError(f"{marker.url}/{marker.directory} is gone")
     return restored

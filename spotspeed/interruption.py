@@ -21,7 +21,7 @@ from spotspeed.coordinator.coordinator import Cut
 from spotspeed.core.deadline import Orders
 from spotspeed.core.manifest import Manifest
 from spotspeed.errors import CoordinationError, StorageError
-from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch
+from spotspeed.exit import EXIT_NOT_DURABLE, LOSS_ERRORS, ExitWatch
 from spotspeed.planning import Planner, launcher_grace_s
 from spotspeed.staging.staged import StagingFacts
 
@@ -184,6 +184,14 @@ class Interruption:
         self.say_goodbye(why)
         assert self._exit is not None
         self._exit.now(self.exit_code)
+
+    def leave_after(self, error: BaseException) -> None:
+        """End the process if what ended its main thread is that the others leave or are lost."""
+        assert self._session is not None
+        timeout_s = self._config.coordinator.peer_timeout_s
+        is_loss = isinstance(error, LOSS_ERRORS)
+        if is_loss and self._session.coordinator.await_departure(timeout_s):
+            self.leave("after an error")
 
     # Inside.
 

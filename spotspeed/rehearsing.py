@@ -60,8 +60,8 @@ class Rehearsing:
     def on_save(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
         return self._inner.on_save(engine, arguments)
 
-    def on_load(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
-        return self._inner.on_load(engine, arguments)
+    def on_load(self, engine: Any, arguments: Mapping[str, Any], original: boundary.Loader) -> Any:
+        return self._inner.on_load(engine, arguments, original)
 
     def on_destroy(self, engine: Any) -> None:
         self._inner.on_destroy(engine)

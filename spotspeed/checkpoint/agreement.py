@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from spotspeed import errors
 from spotspeed.errors import SpotSpeedError
@@ -15,6 +15,12 @@ PATIENCE_S = 600.0
 """How long ranks that are expected are waited for."""
 Exchange = Callable[[str, bytes], list[bytes]]
 """All-gather over the control plane: (label, this rank's value) -> every rank's value."""
+
+
+class TimedExchange(Protocol):
+    """An `Exchange` that can be told how long to wait for the other ranks."""
+
+    def __call__(self, label: str, value: bytes, timeout_s: float = ..., /) -> list[bytes]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,12 @@ def share_all(exchange: Exchange, label: str, value: Any) -> list[Any]:
     return [json.loads(answer) for answer in exchange(label, json.dumps(value).encode())]
 
 
-def impatient(exchange: Callable[[str, bytes, float], list[bytes]], first_s: float) -> Exchange:
+def waiting(exchange: TimedExchange, timeout_s: float) -> Exchange:
+    """`exchange`, whose every call waits `timeout_s` for the others."""
+    return lambda label, value: exchange(label, value, timeout_s)
+
+
+def impatient(exchange: TimedExchange, first_s: float) -> Exchange:
     """`exchange`, whose first call waits `first_s` for the others, and every later one as usual."""
     limits = iter([first_s])
     return lambda label, value: exchange(label, value, next(limits, PATIENCE_S))

@@ -135,13 +135,22 @@ def write_marker(folder: Storage, tag: str, marker: Marker) -> None:
 
 
 def read_latest(folder: Storage, file: str = LATEST_FILE) -> str | None:
-    """The tag that `latest` (or its like, `file`) names, or None."""
+    """The tag that `latest` (or its like, `file`) names, or None when it is not there.
+
+    Raises FormatError when it names nothing.
+    """
     try:
-        return folder.get(file, MAX_MARKER_BYTES).decode().strip() or None
+        tag = folder.get(file, MAX_MARKER_BYTES).decode().strip()
     except ObjectNotFoundError:
         return None
     except UnicodeDecodeError as error:
         raise FormatError(f"{folder.url}/{file}: not the name of a tag") from error
+    if not tag:
+        raise FormatError(
+            f"{folder.url}/{file}: expected the name of a tag, found nothing: write one of the "
+            f"tags in the directory to it, or load one by its tag"
+        )
+    return tag
 
 
 def mark(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from spotspeed.checkpoint.agreement import Exchange, share_all
 from spotspeed.checkpoint.named import NamedSave
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
+from spotspeed.checkpoint.session import Standing
 from spotspeed.checkpoint.survivors import Lost
 from spotspeed.core.manifest import Manifest, Ticket
 
@@ -71,8 +72,9 @@ class SaveRegister:
             self._finishing.append(outer)
         return outer
 
-    def settle(self, timeout_s: float) -> None:
-        """Wait until every save is durable or has failed."""
+    def settle(self, exchange: Exchange, timeout_s: float) -> None:
+        """Wait until every save is durable, here or nowhere, or has failed; every rank calls it."""
+        self._drop_hopeless(exchange)
         for handle in (*self._queue.unfinished(), *self._finishing):
             handle.upload_completion.exception(timeout_s)
 
@@ -81,15 +83,17 @@ class SaveRegister:
         with self._lock:
             self._handles = {}
 
-    def has_everywhere(self, exchange: Exchange, step: int) -> bool:
-        """Whether some save of `step` is under way or durable on every rank."""
+    def has_everywhere(self, exchange: Exchange, step: int, standing: Standing | None) -> bool:
+        """Whether some save of `step`, or `standing`, is under way or durable on every rank."""
+        if standing is not None and step == standing.step:
+            return True
         with self._lock:
             mine = [attempt for (at, attempt), handle in self._handles.items()
                     if at == step and not handle.has_failed]  # fmt: skip
         known = share_all(exchange, f"close-{step}", mine)
         return bool(set.intersection(*map(set, known)))
 
-    def drop_hopeless(self, exchange: Exchange) -> None:
+    def _drop_hopeless(self, exchange: Exchange) -> None:
         """Give up the saves that some rank has already lost: they can never be complete."""
         with self._lock:
             failed = [handle.ticket.directory for handle in self._handles.values()

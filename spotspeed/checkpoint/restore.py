@@ -88,16 +88,19 @@ class _Read:
     """The stored rank state whose late state this rank takes over."""
 
 
-def restore_agreed(storage: Storage, seat: Seat, *, tag: str | None = None) -> Restored | None:
+def restore_agreed(
+    storage: Storage, seat: Seat, *, tag: str | None = None, digest: str | None = None
+) -> Restored | None:
     """Fill the live state from the newest checkpoint that verifies on every rank.
 
-    With `tag`, that checkpoint alone will do. Returns None when there is none, on all ranks alike.
+    With `tag`, that checkpoint alone will do, and with `digest` (of its manifest) none that has
+    taken its place. Returns None when there is none, on all ranks alike.
     The same on every rank, or an error on every rank: CorruptionError when checkpoints exist and
     none verifies, ObjectNotFoundError for an unknown tag, ReshardError when the model differs.
     The live state is as it was unless `seat.on_change` has been called on some rank.
     """
     began, rejected = time.monotonic(), []
-    candidates = _Candidates(storage, tag)
+    candidates = _Candidates(storage, tag, digest)
     while True:
         offer = share(seat.exchange, "restore-offer", seat.rank, candidates.offer)
         if offer["directory"] is None:
@@ -124,8 +127,8 @@ def restore_agreed(storage: Storage, seat: Seat, *, tag: str | None = None) -> R
 class _Candidates:
     """Rank 0's list of what to try, newest first."""
 
-    def __init__(self, storage: Storage, tag: str | None) -> None:
-        self._storage, self._tag = storage, tag
+    def __init__(self, storage: Storage, tag: str | None, digest: str | None) -> None:
+        self._storage, self._tag, self._digest = storage, tag, digest
         self._remaining: Iterator[CheckpointInfo] | None = None
         self._damaged: list[str] = []
 
@@ -142,7 +145,14 @@ class _Candidates:
 
     def _list(self) -> Sequence[CheckpointInfo]:
         if self._tag is not None:
-            return [find(self._storage, self._tag)]
+            found = find(self._storage, self._tag)
+            if self._digest not in (None, found.digest):
+                raise CorruptionError(
+                    f"{self._storage.url}/{found.directory}: its manifest has the digest "
+                    f"{found.digest}, expected {self._digest}: this is another checkpoint than "
+                    f"the one that was saved; load another tag"
+                )
+            return [found]
         catalog = scan(self._storage)
         for damaged in catalog.damaged:
             events.emit(events.FellBack(damaged.directory, damaged.cause))

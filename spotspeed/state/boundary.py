@@ -21,7 +21,11 @@ class _Pass:
 
 
 PASS: Final = _Pass()
-"""Returned by `on_save` or `on_load`: let DeepSpeed's own method run."""
+"""Returned by `on_save` or `on_load`: let DeepSpeed's own method run, as its `original` does."""
+
+
+Loader = Callable[[], Any]
+"""DeepSpeed's own `load_checkpoint` of an engine, as it was called."""
 
 
 class StepHooks(Protocol):
@@ -49,8 +53,8 @@ class StepHooks(Protocol):
         What is returned is returned to the caller, unless it is PASS.
         """
 
-    def on_load(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
-        """`load_checkpoint` was called; as `on_save`."""
+    def on_load(self, engine: Any, arguments: Mapping[str, Any], original: Loader) -> Any:
+        """`load_checkpoint` was called; as `on_save`. `original` is DeepSpeed's own, so called."""
 
     def on_destroy(self, engine: Any) -> None:
         """The engine is about to be destroyed; called once, the engine is unbound already."""
@@ -243,7 +247,8 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
         binding = self.__dict__.get(_KEY)
         if binding is not None:
-            result = binding.hooks.on_load(self, _named(signature, self, args, kwargs))
+            named = _named(signature, self, args, kwargs)
+            result = binding.hooks.on_load(self, named, lambda: original(self, *args, **kwargs))
             if result is not PASS:
                 return result
         return original(self, *args, **kwargs)

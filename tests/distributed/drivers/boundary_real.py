@@ -39,7 +39,7 @@ class Hooks:
         self.seen.append(("save", arguments["tag"], arguments["client_state"]))
         return self.answer
 
-    def on_load(self, engine, arguments):
+    def on_load(self, engine, arguments, original):
         self.seen.append(("load", arguments["tag"], arguments["load_lr_scheduler_states"]))
         return self.answer
 

@@ -124,6 +124,9 @@ def check_wrong_and_missing_directories() -> None:
     assert not (FOLDER / "w").exists()
     for tag in ("..", "../up", "/etc/x", "a\0b", "", "x" * 300):
         raises(ConfigError, lambda tag=tag: engine.save_checkpoint(FOLDER / "tags", tag))
+    (FOLDER / "empty").mkdir(exist_ok=True)
+    (FOLDER / "empty" / "latest").write_text(" ")
+    raises(CorruptionError, lambda: engine.load_checkpoint(FOLDER / "empty"))
     (FOLDER / "file").write_text("of the user")
     for folder in (FOLDER / "file", FOLDER / "file" / "below", "/proc/spotspeed", "nope://x/y"):
         raises(ConfigError, lambda folder=folder: engine.save_checkpoint(folder))
@@ -312,6 +315,35 @@ def check_without_a_marker_deepspeed_loads_its_own() -> None:
     engine.save_checkpoint(FOLDER / "plain-out")
     assert engine.load_checkpoint(FOLDER / "plain-out")[0].endswith(".json")
     plain.destroy()
+    engine.destroy()
+
+
+def check_what_is_still_being_saved_is_finished_before_it_is_looked_for() -> None:
+    engine, folder = make(1, FOLDER / "flight"), FOLDER / "flight-out"
+    train(engine, 1)
+    spotspeed.async_save(engine, folder, client_state={"n": 1})
+    assert engine.load_checkpoint(folder)[1] == {"n": 1}
+    spotspeed.save(engine, folder, "x")
+    for step in (2, 3):
+        train(engine, 1)
+        spotspeed.async_save(engine, folder, "x")
+        assert spotspeed.load(engine, folder, "x").step == step, "and not what it replaces"
+    engine.destroy()
+
+
+def check_a_loader_that_finds_nothing_begins_no_branch() -> None:
+    engine = make(1, FOLDER / "nothing")
+    train(engine, 2)
+    spotspeed.save(engine, tag="mine")
+    (FOLDER / "nothing-out").mkdir(exist_ok=True)
+    for tag in ("best", "global_step9"):
+        raises(Exception, lambda tag=tag: engine.load_checkpoint(FOLDER / "nothing-out", tag=tag))
+    epochs = sorted(file.name for file in (FOLDER / "nothing" / "epochs").iterdir())
+    assert epochs == ["000001.json", "000001.restored.json"], epochs
+    train(engine, 1)
+    spotspeed.save(engine, tag="later")
+    listed = [info.tag for info in spotspeed.list_checkpoints(str(FOLDER / "nothing"))]
+    assert listed == ["later", "mine"], listed
     engine.destroy()
 
 

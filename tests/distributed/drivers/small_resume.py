@@ -87,7 +87,7 @@ class Saver:
     def on_save(self, engine, arguments):
         return PASS
 
-    def on_load(self, engine, arguments):
+    def on_load(self, engine, arguments, original):
         return PASS
 
     def on_destroy(self, engine) -> None:

@@ -152,3 +152,7 @@ def test_damage_of_a_marker_names_it(store: LocalStorage, tmp_path: Path) -> Non
     path.write_bytes(data)
     assert read_marker(folder, "global_step25") == right
     assert read_latest(folder) == "global_step25"
+    for nothing in (b"", b" \n"):
+        folder.put("latest", nothing)
+        with pytest.raises(CorruptionError, match="latest: expected the name of a tag"):
+            read_latest(folder)

@@ -124,6 +124,15 @@ def alone(label: str, value: bytes) -> list[bytes]:
     return [value]
 
 
+def test_another_checkpoint_in_the_place_of_one_that_was_marked_is_damage(tmp_path, seal_small):
+    storage = LocalStorage(tmp_path)
+    seal_small(storage, 1, 10)
+    [found] = scan(storage).sealed
+    seat = Seat(0, 1, alone, None, None)  # type: ignore[arg-type]
+    with pytest.raises(CorruptionError, match=f"has the digest {found.digest}, expected 000"):
+        restore_agreed(storage, seat, tag=found.directory, digest="0" * 64)
+
+
 def test_a_store_that_is_gone_as_a_whole_is_neither_damage_nor_a_fresh_start(
     tmp_path, seal_small, monkeypatch
 ):

@@ -67,7 +67,7 @@ class Recorder:
         self.seen.append(("on_save", dict(arguments)))
         return self.save
 
-    def on_load(self, engine, arguments):
+    def on_load(self, engine, arguments, original):
         self.seen.append(("on_load", dict(arguments)))
         return self.load
 
