@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from spotspeed.errors import ConfigError, StorageError
 from spotspeed.storage import open_storage
 from spotspeed.storage.fsspec_backend import FsspecStorage
-from spotspeed.storage.redaction import redact
+from spotspeed.storage.redaction import redact, refuse_credentials
 from tests.distributed.saver_ranks import RankProcess, check_sealed, wait_gone
 
 SECRET = "qV7+Zp3/planted/0secret0WQ="
@@ -19,7 +20,11 @@ SECRET = "qV7+Zp3/planted/0secret0WQ="
 @pytest.mark.parametrize(
     "url",
     [
-        f"https://user:{SECRET.replace('/', '')}@host/run",
+        f"https://user:{SECRET}@host/run",
+        f"s3://AKIAPLANTED234567890:{SECRET}@bucket/run",
+        f"s3://key:{SECRET}@with@bucket/run",
+        f"az://container/run#sig={SECRET}",
+        f"az://container/run;AccountKey={SECRET}",
         f"az://container/run?sv=2024&sig={SECRET}",
         f"https://bucket.s3.amazonaws.com/run?X-Amz-Signature={SECRET}",
         f"s3://bucket/run?aws_secret_access_key={SECRET}",
@@ -29,6 +34,30 @@ def test_a_url_with_credentials_is_refused_without_repeating_them(url: str) -> N
     with pytest.raises(ConfigError, match="carries credentials") as caught:
         open_storage(url)
     assert "planted" not in str(caught.value) and "***" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host:8080/run@2", "abfs://container@account.dfs.core.windows.net/run",
+            "s3://bucket/run:1@x", "s3://bucket/token=5/run"],
+)  # fmt: skip
+def test_a_url_without_credentials_is_taken_and_shown_as_it_is(url: str) -> None:
+    refuse_credentials(url)
+    assert redact(url).partition("token=")[0] == url.partition("token=")[0]
+
+
+def test_a_secret_is_known_with_a_slash_in_front_and_in_a_url_s_spelling(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What tells where a secret is to be found is none, and useful in an error."""
+    secret = f"/{SECRET}"
+    (tmp_path / "somewhere").write_text("x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/absent")
+    monkeypatch.setenv("SOME_TOKEN", str(tmp_path / "somewhere"))
+    for text in (f"signed with {secret}.", f"GET /k?by={quote(secret, safe='')}."):
+        assert redact(text).endswith("***.") and "planted" not in redact(text)
+    for text in ("no /var/run/absent", f"no {tmp_path}/somewhere"):
+        assert redact(text) == text
 
 
 def test_a_url_may_name_the_container_before_the_host() -> None:
