@@ -27,7 +27,7 @@ from spotspeed.checkpoint.queue import SaveHandle
 from spotspeed.checkpoint.restore import Restored
 from spotspeed.checkpoint.session import absolute
 from spotspeed.checkpointer import Checkpointer
-from spotspeed.config import IntervalConfig, NoticeConfig, SpotSpeedConfig
+from spotspeed.config import IntervalConfig, NoticeConfig, SpotSpeedConfig, refusal_of
 from spotspeed.core.manifest import check_name
 from spotspeed.dropin import Request
 from spotspeed.errors import ConfigError, FormatError, ObjectNotFoundError, SpotSpeedError
@@ -139,6 +139,8 @@ def _text_of(path: Path) -> str:
         raise TypeError(f"path: expected text or a path object, found {text!r}")
     if not text.strip():
         raise ConfigError(f"path {text!r} names nothing: give a directory or a URL")
+    if refusal := refusal_of(text):
+        raise ConfigError(f"path {text!r}: {refusal}")
     return absolute(text)
 
 

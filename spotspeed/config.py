@@ -132,6 +132,14 @@ class SpotSpeedConfig(_Section):
     take_over: bool = False
     """Take the path over from a job that still looks alive."""
 
+    @field_validator("path")
+    @classmethod
+    def _outlives_process(cls, value: str) -> str:
+        refusal = refusal_of(value)
+        if refusal:
+            raise ValueError(refusal)
+        return value
+
     @field_validator("local_path")
     @classmethod
     def _is_directory(cls, value: str | None) -> str | None:
@@ -141,6 +149,16 @@ class SpotSpeedConfig(_Section):
                 f"a {scheme}:// URL is no disk of this node; give a directory, and the URL to path"
             )
         return value
+
+
+def refusal_of(path: str) -> str:
+    """Why no checkpoint can be durable at `path`, whoever asks; "" when it can be."""
+    if all(link.partition("://")[0] != "memory" for link in path.split("::")):
+        return ""
+    return (
+        "a memory:// URL is the memory of one process, which the saver and the next launch do not "
+        "share, so nothing there is durable; give a directory or a bucket"
+    )
 
 
 def parse_block(block: object, *, path_hint: str = "") -> SpotSpeedConfig:

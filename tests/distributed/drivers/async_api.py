@@ -111,9 +111,9 @@ def check_a_path_that_cannot_be_one_is_said_on_every_rank_before_anything_is_sto
     (FOLDER / "link").is_symlink() or RANK or (FOLDER / "link").symlink_to(FOLDER / "nowhere")
     spotspeed.save(without, FOLDER / "places-2")  # Until then the link is there on every rank.
     calls = (spotspeed.save, spotspeed.async_save, spotspeed.load)
-    for path in ("", "  ", FOLDER / "file", FOLDER / "link", "nope://x/y", "a\0b"):
+    for path in ("", "  ", FOLDER / "file", FOLDER / "link", "nope://x/y", "a\0b", "memory://x"):
         for engine, call in itertools.product((with_block, without), calls):
-            is_absent = call is spotspeed.load and engine is without and path != "nope://x/y"
+            is_absent = call is spotspeed.load and engine is without and "://" not in str(path)
             kind = (ConfigError, ObjectNotFoundError) if is_absent else ConfigError
             raises(kind, lambda call=call, engine=engine, path=path: call(engine, path))
     for path in (FOLDER / "file" / "below", "/proc/spotspeed", FOLDER / ("x" * 300)):

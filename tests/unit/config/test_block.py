@@ -32,6 +32,8 @@ def test_a_config_without_the_block_has_none() -> None:
         ("/shared/run", ["must be an object", '{"path":']),
         ({"path": ""}, ["path"]),
         ({"path": 3}, ["path", "string", "3"]),
+        ({"path": "memory://run"}, ["path", "memory of one process", "directory or a bucket"]),
+        ({"path": "simplecache::memory://run"}, ["path", "memory of one process"]),
         ({"path": "x", "intervall": {}}, ["intervall", 'did you mean "interval"']),
         ({"path": "x", "interval": {"step": 3}}, ["interval.step", 'did you mean "steps"']),
         ({"path": "x", "interval": {"steps": 0}}, ["interval.steps", "greater than 0"]),
