@@ -33,6 +33,7 @@ from spotspeed.storage.contract import (
 from spotspeed.storage.fsspec_failures import (
     is_precondition_failure,
     is_range_failure,
+    is_unsupported,
     remote_error,
 )
 from spotspeed.storage.fsspec_writer import FsspecWriter
@@ -47,6 +48,7 @@ from spotspeed.storage.part_uploads import (
 )
 from spotspeed.storage.redaction import harmless
 from spotspeed.storage.retry import RetryPolicy
+from spotspeed.storage.web_ranges import WebRanges
 
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
 _IMITATED = frozenset({"s3", "s3a"})
@@ -72,6 +74,7 @@ class FsspecStorage:
         self._upload = upload_kind(self._fs, self._protocol)
         self._is_conditional = self._is_object_store
         self._is_proven = self._protocol not in _IMITATED
+        self._web = WebRanges(self._fs) if self._protocol in _READ_ONLY else None
 
     @property
     def url(self) -> str:
@@ -94,9 +97,10 @@ class FsspecStorage:
     def create(self, key: str, data: ReadBuffer) -> bool:
         """See Storage.create; the first one finds out whether the store keeps its word.
 
-        Some that speak the protocol of S3 ignore the condition and replace the object. So the
-        first creation looks before, and is repeated after: a store that accepts it twice is from
-        then on one without atomic create.
+        Some that speak the protocol of S3 ignore the condition and replace the object, others
+        refuse every request that has one. So the first creation looks before, and is repeated
+        after: a store that accepts it twice, or does not know what is asked, is from then on one
+        without atomic create.
         """
         path, content = self._writable(key), bytes(as_bytes_view(data))
         if not self._is_conditional or not self._is_proven:
@@ -109,10 +113,8 @@ class FsspecStorage:
             return True
         is_new = self._put_new(key, path, content)
         if is_new and not self._is_proven:
-            self._is_conditional = not self._put_new(key, path, content)
-            if not self._is_conditional:
-                cause = "it replaces an object that it was told not to replace"
-                events.emit(events.Lost(f"atomic create at {self._url}", cause))
+            if self._put_new(key, path, content):
+                self._give_up_condition("it replaces an object that it was told not to replace")
             self._is_proven = True
         return is_new
 
@@ -163,6 +165,8 @@ class FsspecStorage:
         path = self._path(key)
         with self._failing("read", key):
             self._fs.invalidate_cache(path)
+            if self._web is not None:
+                self._web.forget(path)
             info = self._fs.info(path)
             if info["type"] != "file" or info["size"] is None:
                 raise FileNotFoundError(path)
@@ -242,8 +246,17 @@ class FsspecStorage:
         except Exception as error:
             if is_precondition_failure(error):
                 return False
-            raise remote_error("create", self._place(key), error) from harmless(error)
+            if self._is_proven or not is_unsupported(error):
+                raise remote_error("create", self._place(key), error) from harmless(error)
+        else:
+            return True
+        self._give_up_condition("it does not know the condition If-None-Match and refuses the put")
+        self.put(key, content)
         return True
+
+    def _give_up_condition(self, cause: str) -> None:
+        self._is_conditional, self._is_proven = False, True
+        events.emit(events.Lost(f"atomic create at {self._url}", cause))
 
     def _range(self, key: str, start: int, stop: int) -> bytes:
         """What the object has of [start, stop)."""
@@ -252,6 +265,8 @@ class FsspecStorage:
             return b""
         with self._failing("read", key):
             try:
+                if self._web is not None:
+                    return self._web.read(path, start, stop)
                 return bytes(self._fs.cat_file(path, start=start, end=stop))
             except Exception as error:
                 if is_range_failure(error):

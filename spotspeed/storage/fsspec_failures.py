@@ -17,6 +17,7 @@ from spotspeed.storage.redaction import redact
 
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _PRECONDITION_CODES = frozenset({"PreconditionFailed", "412", "BlobAlreadyExists"})
+_UNSUPPORTED_CODES = frozenset({"NotImplemented", "501"})
 _TRANSIENT_NAMES = frozenset({
     "ClientConnectionError", "ClientConnectorError", "ClientOSError", "ClientPayloadError",
     "ConnectTimeoutError", "ConnectionClosedError", "EndpointConnectionError",
@@ -34,6 +35,16 @@ def is_precondition_failure(error: BaseException) -> bool:
         if _service_code(link) in _PRECONDITION_CODES:
             return True
     return False
+
+
+def is_unsupported(error: BaseException) -> bool:
+    """Whether the store says that it does not implement what the request asks for."""
+    return any(
+        _status(link) == 501
+        or _service_code(link) in _UNSUPPORTED_CODES
+        or (isinstance(link, OSError) and link.errno == errno.ENOSYS)
+        for link in _chain(error)
+    )
 
 
 def is_range_failure(error: BaseException) -> bool:

@@ -25,6 +25,13 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 LINK_UNSUPPORTED = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
+_SYNC_UNSUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+_NO_DIRECTORY_SYNC = (
+    "the file system refuses fsync of a directory, so a new file's name may be lost in a crash and "
+    "nothing there can be called durable; choose one that can (ext4, xfs, NFS, Lustre), or give "
+    "the bucket's own URL if it is a mounted bucket"
+)
+
 
 class Disk(Protocol):
     """Changes of directories and files; every argument `directory` and `file` is an open fd."""
@@ -114,7 +121,12 @@ class PosixDisk:
         os.fsync(file)
 
     def sync_directory(self, directory: int) -> None:
-        os.fsync(directory)
+        try:
+            os.fsync(directory)
+        except OSError as error:
+            if error.errno in _SYNC_UNSUPPORTED:
+                raise OSError(error.errno, _NO_DIRECTORY_SYNC) from error
+            raise
 
     def rename(self, directory: int, source: str, target: str) -> None:
         os.rename(source, target, src_dir_fd=directory, dst_dir_fd=directory)

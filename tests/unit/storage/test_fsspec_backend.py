@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import http.server
@@ -16,7 +17,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from spotspeed import events
-from spotspeed.errors import ObjectNotFoundError, StorageError, TransientStorageError
+from spotspeed.errors import FormatError, ObjectNotFoundError, StorageError, TransientStorageError
 from spotspeed.storage import open_storage
 from spotspeed.storage.fsspec_backend import FsspecStorage
 from spotspeed.storage.fsspec_failures import (
@@ -95,8 +96,11 @@ class Bucket(MemoryFileSystem):  # type: ignore[misc]
     """An object store in memory: uploads appear when they are closed."""
 
     honours_condition = True
+    knows_condition = True
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
+        if mode == "create" and not self.knows_condition:
+            raise boto_error(501, "NotImplemented", OSError(errno.EIO, "header not implemented"))
         if mode == "create" and self.honours_condition and self.exists(path):
             raise FileExistsError(path)
         self.store[self._strip_protocol(path)] = MemoryFile(self, path, value)
@@ -125,9 +129,10 @@ class Upload(AbstractBufferedFile):  # type: ignore[misc]
         raise HttpError(code=404)
 
 
-def bucket(*, honours_condition: bool = True) -> FsspecStorage:
+def bucket(*, honours_condition: bool = True, knows_condition: bool = True) -> FsspecStorage:
     filesystem = Bucket(global_store=False, skip_instance_cache=True)
     filesystem.honours_condition = honours_condition
+    filesystem.knows_condition = knows_condition
     return FsspecStorage(f"s3://{uuid.uuid4().hex}/run", filesystem=filesystem)
 
 
@@ -189,13 +194,31 @@ def test_an_imitation_does_not_replace_what_was_there_before_it_was_found_out() 
     assert storage.get("epochs/1", 10) == b"theirs"
 
 
+def test_an_imitation_that_refuses_the_condition_is_asked_first_instead(
+    heard: list[events.Event],
+) -> None:
+    storage = bucket(knows_condition=False)
+    assert storage.create("epochs/1", b"first")
+    assert not storage.has_atomic_create
+    assert not storage.create("epochs/1", b"second")
+    assert storage.create("epochs/2", b"third")
+    assert storage.get("epochs/1", 10) == b"first"
+    assert len([event for event in heard if "If-None-Match" in event.describe()]) == 1
+
+
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     """A web server over a directory."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    with serving(handler) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(handler: Any) -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
@@ -215,3 +238,71 @@ def test_a_web_server_is_read_and_never_written(web: str, tmp_path: Path) -> Non
                  lambda: storage.writer("x"), lambda: storage.delete("x")):  # fmt: skip
         with pytest.raises(StorageError, match="only be read"):
             call()
+
+
+def test_a_web_server_that_ignores_ranges_is_read_right(
+    web: str, tmp_path: Path, heard: list[events.Event]
+) -> None:
+    """As python's does: each answer is the whole file."""
+    pytest.importorskip("aiohttp")
+    content = bytes(range(256)) * 40
+    (tmp_path / "shard").write_bytes(content)
+    storage = open_storage(web)
+    assert storage.size("shard") == len(content)
+    for start, stop in ((0, 10), (4096, 4100), (10000, len(content))):
+        part = bytearray(stop - start)
+        storage.read_into("shard", start, part)
+        assert part == content[start:stop]
+    with pytest.raises(FormatError, match="more than the 100 bytes"):
+        storage.get("shard", 100)
+    with pytest.raises(FormatError, match="cut short"):
+        storage.read_into("shard", len(content) - 5, bytearray(10))
+    assert len([event for event in heard if "range requests" in event.describe()]) == 1
+    (tmp_path / "shard").write_bytes(content[::-1])
+    storage.size("shard")
+    storage.read_into("shard", 4096, part := bytearray(4))
+    assert part == content[::-1][4096:4100], "a reader that looks anew sees what is there now"
+
+
+def test_a_large_file_of_a_web_server_without_ranges_is_refused_not_called_damaged(
+    web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr("spotspeed.storage.web_ranges.WHOLE_BYTES", 1000)
+    (tmp_path / "shard").write_bytes(bytes(1001))
+    with pytest.raises(StorageError, match="ignores range requests") as caught:
+        open_storage(web).read_into("shard", 10, bytearray(10))
+    assert type(caught.value) is StorageError
+
+
+def test_a_web_server_with_ranges_sends_the_parts_alone(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 40
+    sent: list[int] = []
+
+    class Ranged(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(200, content, with_body=False)
+
+        def do_GET(self) -> None:
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            part = content[int(first) : int(last) + 1]
+            sent.append(len(part))
+            self.answer(206, part, with_body=True)
+
+        def answer(self, status: int, body: bytes, *, with_body: bool) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if with_body else b"")
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    pytest.importorskip("aiohttp")
+    with serving(Ranged) as url:
+        storage = open_storage(url)
+        storage.read_into("shard", 4096, part := bytearray(4))
+        assert part == content[4096:4100]
+        storage.read_into("shard", 5000, part)
+        assert part == content[5000:5004]
+    assert sent == [1, 4, 4]

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -258,6 +259,20 @@ def test_a_link_that_succeeded_unanswered_counts(tmp_path: Path) -> None:
 
     assert LocalStorage(tmp_path, disk=Unanswered()).create("k", b"1")
     assert not LocalStorage(tmp_path, disk=Unanswered()).create("k", b"1")
+
+
+def test_where_a_directory_cannot_be_fsynced_a_write_says_what_to_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems in user space refuse it: nothing there would survive a crash for sure."""
+
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr("spotspeed.storage.posix.os.fsync", fsync)
+    with pytest.raises(StorageError, match=r"refuses fsync of a directory.* choose one that can"):
+        LocalStorage(tmp_path).put("x", b"1")
 
 
 def test_a_directory_that_cannot_be_fsynced_because_it_is_foreign_is_skipped() -> None:
