@@ -16,6 +16,7 @@ from spotspeed.checkpoint.near import Near
 from spotspeed.checkpoint.parallel import in_parallel
 from spotspeed.checkpoint.sealed import (
     OpenShard,
+    objects_of,
     open_manifest,
     open_object,
     open_receipt,
@@ -28,6 +29,7 @@ from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, StoredTensor, TensorKey
 from spotspeed.core.manifest import Manifest
+from spotspeed.core.plain_codes import MAX_BYTES
 from spotspeed.core.reshard import gather, plan_reads
 from spotspeed.errors import FormatError, InvalidLayoutError
 from spotspeed.storage.contract import Storage, WriteBuffer, as_bytes_view
@@ -141,18 +143,19 @@ class CheckpointReader:
         last = total if stop is None else stop
         if not 0 <= start <= last <= total:
             raise InvalidLayoutError(f"{key} has elements [0, {total}), [{start}, {last}) asked")
-        fragment = Fragment(key, tensor.dtype, tensor.shape, Interval(start, last))
-        data = bytearray(fragment.size_bytes)
-        self.read_into([(fragment, data)])
+        data = self._read(key, tensor, Interval(start, last))
         array = to_numpy(data, tensor.dtype)
         return array.reshape(tensor.shape) if (start, last) == (0, total) else array
 
-    def blob(self, key: TensorKey) -> bytes:
-        """The bytes of a one-dimensional uint8 tensor, such as the "job" blob."""
+    def blob(self, key: TensorKey) -> memoryview:
+        """The bytes of a one-dimensional uint8 tensor, such as the "job" blob: plain data."""
         tensor = self.tensors().get(key)
         if tensor is None or tensor.dtype != "uint8" or len(tensor.shape) != 1:
             raise FormatError(f"{self._place()}: holds no bytes called {key}")
-        return self.read_tensor(key).tobytes()
+        if tensor.shape[0] > MAX_BYTES:
+            raise FormatError(f"{self._place()}: {key} has {tensor.shape[0]} bytes, at most "
+                              f"{MAX_BYTES} are read as plain data")  # fmt: skip
+        return memoryview(self._read(key, tensor, Interval(0, tensor.shape[0])))
 
     def verify(self) -> VerifyReport:
         """Read every file whole; raises the first CorruptionError when anything is damaged."""
@@ -168,13 +171,22 @@ class CheckpointReader:
         """
         return verify_checkpoint(self._storage, self._manifest, threads=self._threads, seen=seen)
 
+    def _read(self, key: TensorKey, tensor: StoredTensor, interval: Interval) -> bytearray:
+        fragment = Fragment(key, tensor.dtype, tensor.shape, interval)
+        # Memory is taken for what is there, not for what a shape says.
+        plan_reads({key: tensor}, [fragment])
+        data = bytearray(fragment.size_bytes)
+        self.read_into([(fragment, data)])
+        return data
+
     def _open(self) -> list[OpenShard]:
         with self._lock:
             if self._shards is None:
                 ranks = range(self._manifest.ticket.world_size)
                 shards = in_parallel(self._open_shard, ranks, threads=self._threads)
-                listed = [(shard.receipt, item) for shard in shards
-                          for item in shard.receipt.objects]  # fmt: skip
+                listed, again = objects_of(self._storage, (shard.receipt for shard in shards))
+                if again:
+                    raise again[0]
                 shards += in_parallel(
                     lambda one: open_object(self._storage, *one), listed, threads=self._threads
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from spotspeed.core.format import FOOTER_BYTES, Footer, encode_footer
@@ -119,6 +119,26 @@ def open_object(storage: Storage, receipt: Receipt, record: ObjectRecord) -> Ope
     tail, source = _tail(storage, record)
     index = _index(record, (bytes.fromhex(record.content), 0, 1), tail, source)
     return OpenShard(receipt, index, record)
+
+
+def objects_of(
+    storage: Storage, receipts: Iterable[Receipt]
+) -> tuple[list[tuple[Receipt, ObjectRecord]], list[FormatError]]:
+    """Every frozen object that `receipts` list, once, and an error for each that is listed again.
+
+    Nothing has been opened yet: whoever lists one object ten thousand times has it read once.
+    """
+    first: dict[str, tuple[Receipt, ObjectRecord]] = {}
+    again: list[FormatError] = []
+    for receipt in receipts:
+        for item in receipt.objects:
+            holder, _ = first.setdefault(item.path, (receipt, item))
+            if holder is not receipt:
+                again.append(FormatError(
+                    f"{place(storage, item.path)}: this frozen object is listed by rank "
+                    f"{holder.rank} and by rank {receipt.rank}; one rank alone may list it"
+                ))  # fmt: skip
+    return list(first.values()), again
 
 
 def check_tail(receipt: Receipt, tail: bytes, source: str) -> ShardIndex:

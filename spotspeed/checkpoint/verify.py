@@ -10,6 +10,7 @@ from spotspeed.checkpoint.parallel import in_parallel
 from spotspeed.checkpoint.sealed import (
     OpenShard,
     listed,
+    objects_of,
     open_manifest,
     open_object,
     open_receipt,
@@ -25,7 +26,7 @@ from spotspeed.core.format import (
     parse_header,
 )
 from spotspeed.core.index import ChunkRecord
-from spotspeed.core.manifest import Manifest
+from spotspeed.core.manifest import Manifest, Receipt
 from spotspeed.core.reshard import gather, uncovered
 from spotspeed.errors import CorruptionError, FormatError, InvalidLayoutError, ObjectNotFoundError
 from spotspeed.storage.contract import Storage
@@ -48,17 +49,12 @@ class VerifyReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _RankPart:
-    """What of one rank's part could be opened."""
+class _Part:
+    """One shard or object, or why it does not open."""
 
-    shards: tuple[OpenShard, ...]
-    damages: tuple[CorruptionError, ...]
-    files: int
-    bytes_read: int
-
-    @property
-    def is_complete(self) -> bool:
-        return not self.damages
+    receipt: Receipt | None
+    shard: OpenShard | None
+    damage: CorruptionError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +91,23 @@ def verify_checkpoint(
         damages.append(error)
     ranks = range(manifest.ticket.world_size)
     parts = in_parallel(lambda rank: _open_rank(storage, manifest, rank), ranks, threads=threads)
-    opened = [shard for part in parts for shard in part.shards]
-    damages += [damage for part in parts for damage in part.damages]
+    frozen, again = objects_of(storage, (part.receipt for part in parts if part.receipt))
+    parts += in_parallel(
+        lambda one: _opened(one[0], lambda: open_object(storage, *one)), frozen, threads=threads
+    )
+    opened = [part.shard for part in parts if part.shard is not None]
+    damages += [*(part.damage for part in parts if part.damage is not None), *again]
     known = {} if seen is None else seen
     unread = {_identity(shard): shard for shard in opened if _identity(shard) not in known}
     found = _read_all(storage, list(unread.values()), threads)
     known |= {key: found[key] for key, shard in unread.items() if shard.object is not None}
     for key in dict.fromkeys(_identity(shard) for shard in opened):
         damages += found.get(key) or known.get(key, ())
-    if all(part.is_complete for part in parts):
+    if len(opened) == len(parts) and not again:
         damages += _incomplete(place(storage, directory), opened)
-    bytes_read = sum(part.bytes_read for part in parts)
+    bytes_read = sum(record.size_bytes for record in manifest.receipts)
     bytes_read += sum(shard.record.size_bytes for shard in unread.values())
-    files = 1 + sum(part.files for part in parts)
+    files = 1 + len(manifest.receipts) + len(parts)
     return VerifyReport(directory, files, bytes_read, tuple(damages))
 
 
@@ -115,22 +115,20 @@ def _identity(shard: OpenShard) -> tuple[str, str]:
     return shard.path, shard.record.index_sha256
 
 
-def _open_rank(storage: Storage, manifest: Manifest, rank: int) -> _RankPart:
-    """A rank's receipt, its shard and the objects that it refers to, as far as they open."""
+def _open_rank(storage: Storage, manifest: Manifest, rank: int) -> _Part:
+    """A rank's receipt and its shard, as far as they open."""
     try:
         receipt = open_receipt(storage, manifest, rank)
     except CorruptionError as error:
-        return _RankPart((), (error,), 2, 0)
-    shards: list[OpenShard] = []
-    damages: list[CorruptionError] = []
-    for item in (None, *receipt.objects):
-        try:
-            shards.append(open_shard(storage, receipt) if item is None
-                          else open_object(storage, receipt, item))  # fmt: skip
-        except CorruptionError as error:
-            damages.append(error)
-    files = 2 + len(receipt.objects)
-    return _RankPart(tuple(shards), tuple(damages), files, manifest.receipts[rank].size_bytes)
+        return _Part(None, None, error)
+    return _opened(receipt, lambda: open_shard(storage, receipt))
+
+
+def _opened(receipt: Receipt, shard: Callable[[], OpenShard]) -> _Part:
+    try:
+        return _Part(receipt, shard(), None)
+    except CorruptionError as error:
+        return _Part(receipt, None, error)
 
 
 def _read_all(storage: Storage, shards: list[OpenShard], threads: int) -> Seen:

@@ -19,8 +19,8 @@ from spotspeed.core.chunks import pack
 from spotspeed.core.frozen import ObjectRecord, content_of
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
-from spotspeed.core.manifest import Manifest, Ticket
-from spotspeed.errors import CaptureError, CorruptionError
+from spotspeed.core.manifest import Manifest, Ticket, seal_manifest
+from spotspeed.errors import CaptureError, CorruptionError, FormatError
 from spotspeed.storage.local import LocalStorage
 
 TICKET = Ticket(1, 10, "a", "t", "periodic", 1, 1_700_000_000)
@@ -135,6 +135,25 @@ def test_an_object_with_other_values_under_this_name_is_found(sealed, tmp_path):
     other = freeze(storage, replace(TICKET, step=15), VALUES + 1, CodecPolicy("raw"))
     path.write_bytes((tmp_path / other.path).read_bytes())
     assert_found(storage, manifests, path)
+
+
+def test_an_object_that_many_ranks_list_is_opened_once_and_refused(tmp_path, counting):
+    storage, ranks = LocalStorage(tmp_path), 8
+    record = freeze(storage, TICKET, VALUES, CodecPolicy("raw"))
+    ticket = replace(TICKET, step=12, world_size=ranks)
+    receipts = {}
+    for rank in range(ranks):
+        with ShardWriter(storage, ticket, rank, pack([], chunk_bytes=4096)) as writer:
+            writer.finish([record])
+        receipts[rank] = storage.get(ticket.receipt_path(rank), 1 << 16)
+    manifest, data = seal_manifest(ticket, receipts)
+    storage.put(ticket.manifest_path, data)
+    for read in (lambda r: r.tensors(), lambda r: r.verify()):
+        counted = counting(storage)
+        with pytest.raises(FormatError, match="listed by rank 0 and by rank 1"):
+            read(CheckpointReader(counted, manifest))
+        read_bytes = sum(size for key, size in counted.reads if key == record.path)
+        assert read_bytes <= record.size_bytes
 
 
 def test_the_writer_refuses_other_bytes_than_were_announced(tmp_path):

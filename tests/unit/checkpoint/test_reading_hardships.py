@@ -14,7 +14,7 @@ from spotspeed.checkpoint.parallel import in_parallel
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.shard import EncodedChunk, ShardWriter
 from spotspeed.codec import CodecPolicy, Frame, digest
-from spotspeed.core.chunks import pack
+from spotspeed.core.chunks import MAX_CHUNK_BYTES, pack
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.core.manifest import Ticket, seal_manifest
@@ -192,10 +192,16 @@ def test_threads_may_share_a_reader(checkpoint_factory):
 
 def sealed_frame(frame, raw_digest):
     """A checkpoint of one 64 KiB chunk that is stored as `frame`, every digest above it right."""
+    return sealed_frames(piece(0, 16384, shape=(16384,)), frame, raw_digest, 65536)
+
+
+def sealed_frames(fragment, frame, raw_digest, chunk_bytes):
+    """A checkpoint of one fragment, each whole chunk of which is stored as `frame`."""
     storage, ticket = MemoryStorage("m"), Ticket(1, 5, "a", "t", "periodic", 1, 7)
-    layout = pack([piece(0, 16384, shape=(16384,))], chunk_bytes=65536)
+    layout = pack([fragment], chunk_bytes=chunk_bytes)
     with ShardWriter(storage, ticket, 0, layout) as writer:
-        writer.put(EncodedChunk(0, frame, digest(frame.payload), raw_digest))
+        for chunk in layout.chunks:
+            writer.put(EncodedChunk(chunk.index, frame, digest(frame.payload), raw_digest))
         writer.finish()
     receipts = {0: storage.get(ticket.receipt_path(0), 1 << 16)}
     manifest, data = seal_manifest(ticket, receipts)
@@ -221,3 +227,24 @@ def test_a_frame_that_decodes_to_other_bytes_than_were_written_is_refused():
     for action in (lambda: reader.read_tensor(KEY), reader.verify):
         with pytest.raises(ChecksumMismatchError, match=r"#chunk 0 \(decoded\)"):
             action()
+
+
+def test_a_blob_that_is_larger_than_plain_data_may_be_is_refused_before_it_is_decoded():
+    """Some 17 chunks of a hundred kilobytes in all, which would become more than 256 MiB."""
+    size, raw = 17 * MAX_CHUNK_BYTES, bytes(MAX_CHUNK_BYTES)
+    key = TensorKey("blob", "job")
+    fragment = Fragment(key, "uint8", (size,), Interval(0, size))
+    packed = zstandard.ZstdCompressor().compress(raw)
+    reader = sealed_frames(fragment, Frame(1, packed), digest(raw), MAX_CHUNK_BYTES)
+    tracemalloc.start()
+    with pytest.raises(FormatError, match=r"blob.*job.* has 285212672 bytes, at most 268435456"):
+        reader.blob(key)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_memory_is_taken_for_what_is_there_not_for_what_a_shape_says():
+    reader = sealed([piece(0, 60, shape=(1 << 50,))], [])
+    with pytest.raises(InvalidLayoutError, match="stored only in part"):
+        reader.read_tensor(KEY)
