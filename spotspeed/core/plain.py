@@ -58,6 +58,13 @@ class Tagged:
     value: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """In place of a value that cannot be stored: `encode` says the reason and where it is."""
+
+    reason: str
+
+
 class _Unstorable(Exception):
     """Why a value cannot be stored; `keys` grows from the value outwards."""
 
@@ -117,7 +124,7 @@ class _Encoder:
         elif isinstance(value, np.generic):
             _put_scalar(packer, value)
         else:
-            raise _Unstorable(_refusal(value))
+            raise _Unstorable(value.reason if kind is Refused else _refusal(value))
 
     def _put_container(self, packer: msgpack.Packer, kind: type, value: Any) -> None:
         if id(value) in self._open:

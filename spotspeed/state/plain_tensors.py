@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from spotspeed.core.layout import ITEM_BYTES
-from spotspeed.core.plain import ArrayData, Tagged
+from spotspeed.core.plain import ArrayData, Refused, Tagged
 from spotspeed.core.plain_codes import MAX_DEPTH
-from spotspeed.errors import CaptureError, FormatError
+from spotspeed.errors import FormatError
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: dtype
@@ -24,19 +24,12 @@ _CONTAINERS = frozenset({list, tuple, dict, set, frozenset, OrderedDict, Counter
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-def dtype_name(dtype: torch.dtype, *, what: str) -> str:
-    """The format's name of `dtype`; raises CaptureError naming `what` when it has none."""
-    name = _NAMES.get(dtype)
-    if name is None:
-        raise CaptureError(f"{what}: tensors of {dtype} cannot be stored")
-    return name
-
-
 def to_plain(value: Any) -> Any:
     """`value` with everything of torch replaced by what `core.plain` can store.
 
     Tensors are copied to host memory: their device, gradient and memory layout are not kept.
-    Everything else passes through, so `core.plain.encode` names what cannot be stored.
+    Everything else passes through, and a tensor without plain bytes becomes `Refused`, so that
+    `core.plain.encode` names what cannot be stored.
     """
     return _convert(value, _lower, frozenset())
 
@@ -78,15 +71,33 @@ def _lower(value: Any) -> Any:
 
 def _lower_tensor(value: torch.Tensor) -> Any:
     if type(value) is torch.nn.Parameter:
-        return Tagged("torch.nn.Parameter", (value.requires_grad, _lower_tensor(value.data)))
-    if type(value) is not torch.Tensor:
-        raise CaptureError(f"a tensor of type {type(value).__qualname__} cannot be stored")
-    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
-        raise CaptureError(f"a tensor of layout {value.layout} on {value.device} has no plain form")
-    name = dtype_name(value.dtype, what="plain data")
+        data = _lower_tensor(value.data)
+        if isinstance(data, Refused):
+            return data
+        return Tagged("torch.nn.Parameter", (value.requires_grad, data))
+    refusal = _refusal(value)
+    if refusal:
+        return Refused(refusal)
     host = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
     data = host.reshape(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
-    return ArrayData(name, tuple(value.shape), data)
+    return ArrayData(_NAMES[value.dtype], tuple(value.shape), data)
+
+
+def _refusal(value: torch.Tensor) -> str:
+    """Why a tensor cannot be stored as plain bytes, and what to give instead; "" if it can."""
+    if type(value) is not torch.Tensor:
+        kind = type(value)
+        return (f"a tensor of type {kind.__module__}.{kind.__qualname__} cannot be stored: give "
+                f"a plain one, as by .as_subclass(torch.Tensor)")  # fmt: skip
+    if value.is_meta:
+        return "a tensor on the meta device has no values that could be stored"
+    if value.is_quantized:
+        return "a quantized tensor cannot be stored: give its int_repr(), scales and zero points"
+    if value.layout is not torch.strided:
+        return f"a tensor of layout {value.layout} cannot be stored: give its to_dense()"
+    if value.dtype not in _NAMES:
+        return f"tensors of {value.dtype} cannot be stored"
+    return ""
 
 
 def _raise_up(value: Any) -> Any:

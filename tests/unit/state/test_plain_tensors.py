@@ -74,13 +74,16 @@ class Special(torch.Tensor):
 
 
 @pytest.mark.parametrize(
-    "tensor",
-    [torch.eye(2).to_sparse(), torch.empty(2, device="meta"), torch.ones(1).as_subclass(Special)],
-    ids=["sparse", "meta", "subclass"],
-)
-def test_tensors_without_plain_bytes_are_refused(tensor):
-    with pytest.raises(CaptureError):
-        to_plain({"a": [tensor]})
+    "tensor,said",
+    [(torch.eye(2).to_sparse(), "layout torch.sparse_coo .*to_dense"),
+     (torch.empty(2, device="meta"), "meta device"),
+     (torch.ones(1).as_subclass(Special), r"type .*\.Special .*as_subclass"),
+     (torch.nn.Parameter(torch.empty(2, device="meta")), "meta device")],
+    ids=["sparse", "meta", "subclass", "parameter"],
+)  # fmt: skip
+def test_a_tensor_without_plain_bytes_is_refused_by_its_key(tensor, said):
+    with pytest.raises(CaptureError, match=rf"^state\['a'\]\[1\]: a.*{said}"):
+        encode(to_plain({"a": [1, tensor]}), what="state")
 
 
 @pytest.mark.parametrize(
