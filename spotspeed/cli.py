@@ -24,14 +24,12 @@ from rich.table import Table
 
 from spotspeed import __version__, cli_exchange
 from spotspeed.checkpoint.catalog import CheckpointInfo, find, scan
-from spotspeed.checkpoint.gc import collect
 from spotspeed.checkpoint.opened import OpenedCheckpoint
-from spotspeed.checkpoint.ownership import living_owner
 from spotspeed.checkpoint.reader import CheckpointReader
+from spotspeed.checkpoint.tidying import Wish, tidy
 from spotspeed.checkpoint.tiers import ranks_on_node
 from spotspeed.checkpoint.verify import Seen
-from spotspeed.core.retention import Keep
-from spotspeed.errors import CorruptionError, ObjectNotFoundError, OwnedError, SpotSpeedError
+from spotspeed.errors import CorruptionError, ObjectNotFoundError, SpotSpeedError
 from spotspeed.storage import Storage, open_storage
 from spotspeed.storage.throttle import Throttle
 from spotspeed.storage.trace import Tracer
@@ -215,32 +213,33 @@ def _limit(limit_mb: float | None) -> tuple[Throttle, ...]:
 @reported
 def gc(
     path: Path,
-    keep_last: Annotated[int, typer.Option(min=1, help="Newest checkpoints that stay.")] = 3,
-    every_steps: Annotated[int | None, typer.Option(min=1, help="Keep one per so many.")] = None,
+    keep_last: Annotated[
+        int | None, typer.Option(min=1, help="Newest checkpoints that stay; as the job's `keep`.")
+    ] = None,
+    every_steps: Annotated[
+        int | None, typer.Option(min=0, help="Keep one per so many; 0: none; as the job's `keep`.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove old periodic and notice checkpoints and the leftovers of crashed saves."""
-    storage = open_storage(path)
-    owner = living_owner(storage)
-    if owner is not None and not dry_run:
-        raise OwnedError(
-            f"{storage.url}: a job is alive there (epoch {owner.epoch} on {owner.identity.host}, "
-            f"pid {owner.identity.pid}); it removes old checkpoints by itself, as its `keep` says"
-        )
-    # Checkpoints that were imported or saved without a job are of epochs that nobody has claimed.
-    epoch = scan(storage).newest_epoch
-    done = collect(storage, Keep(keep_last, every_steps), epoch=epoch, dry_run=dry_run)
+    tidied = tidy(open_storage(path), Wish(keep_last, every_steps, dry_run))
+    done = tidied.collected
     if as_json:
-        print_json({"dry_run": dry_run, **asdict(done)})
+        document = {"sealed": tidied.sealed, "notes": tidied.notes, "keep": asdict(tidied.keep)}
+        print_json({"dry_run": dry_run, **asdict(done), **document})
         return
     word = "would remove" if dry_run else "removed"
+    for name in tidied.sealed:
+        say(console, f"sealed {name}: it lacked nothing but its manifest")
     for removal in done.removals:
         say(console, f"{word} {removal.directory}: {removal.reason}")
     for key in done.frozen:
         say(console, f"{word} {key}: no checkpoint refers to it")
     for left in done.leftovers:
         say(console, f"{word} {left}: a write that never ended has left it")
+    for note in tidied.notes:
+        say(console, note)
     say(console, f"{word} {len(done.removals)} directories, {size_text(done.size_bytes)}")
 
 

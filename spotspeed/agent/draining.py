@@ -28,6 +28,11 @@ class SupersededError(StorageError):
     """What a saver left is not on the way to anything any more."""
 
 
+def is_final(error: SpotSpeedError) -> bool:
+    """Whether a part that could not be drained will never be: no later saver finds it here."""
+    return isinstance(error, SupersededError | StoppedError | CorruptionError)
+
+
 @dataclass(slots=True, eq=False)
 class Drain:
     """One part on its way; `on_done` is called once, with what went wrong or None."""
@@ -94,9 +99,9 @@ class Drainer:
                 self._await_turn(drain)
                 self._once(drain)
                 return None
-            except (StoppedError, SupersededError, CorruptionError) as error:
-                return error
-            except StorageError as error:
+            except (StorageError, CorruptionError) as error:
+                if is_final(error):
+                    return error
                 now = time.monotonic()
                 first_failure = now if first_failure is None else first_failure
                 if now - first_failure + pause_s > self._give_up_s:

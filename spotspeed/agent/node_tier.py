@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from spotspeed.agent.draining import Drain, Drainer, SupersededError
+from spotspeed.agent.draining import Drain, Drainer, SupersededError, is_final
 from spotspeed.agent.incoming import IncomingSave, SaveProgress, StoppedError
 from spotspeed.agent.sealing import Sealer
 from spotspeed.checkpoint.shard import largest_file_bytes
@@ -21,7 +21,7 @@ from spotspeed.checkpoint.tiers import NodeDirectory, NodePart, mark_sealed, ope
 from spotspeed.core.lineage import Place, place_of
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.core.tiers import Cached, plan_eviction
-from spotspeed.errors import CorruptionError, SpotSpeedError, StorageError
+from spotspeed.errors import SpotSpeedError, StorageError
 from spotspeed.storage.contract import Storage
 from spotspeed.storage.failures import storage_error
 from spotspeed.storage.local import LocalStorage
@@ -205,7 +205,7 @@ class NodeTier:
         on_done = drain.on_done
 
         def done(error: SpotSpeedError | None) -> None:
-            is_useless = isinstance(error, SupersededError | StoppedError | CorruptionError)
+            is_useless = error is not None and is_final(error)
             if is_useless:
                 self._drop(drain.part)
             if error is None or is_useless:

@@ -28,6 +28,10 @@ Outcome = Callable[[Any, Manifest | SpotSpeedError], None]
 """Called with the part that was added, and what became of its checkpoint."""
 
 
+class HopelessError(StorageError):
+    """Another rank of this node has lost its part for good, so that nobody will seal the save."""
+
+
 @dataclass(slots=True, eq=False)
 class _Watched:
     save: Part
@@ -49,7 +53,7 @@ class Sealer:
         is_local = "://" not in storage.url
         self._longest_pause_s = LONGEST_PAUSE_S if is_local else LONGEST_REMOTE_PAUSE_S
         self._watched: list[_Watched] = []
-        self._broken: dict[tuple[str, int], str] = {}
+        self._broken: dict[tuple[str, int], StorageError] = {}
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="sealer", daemon=True).start()
 
@@ -64,10 +68,14 @@ class Sealer:
             self._watched.append(_Watched(save, on_outcome, is_wanted, now, now, FIRST_PAUSE_S))
             self._changed.notify_all()
 
-    def broken(self, directory: str, rank: int, reason: str) -> None:
-        """A rank of this node cannot complete its part: nobody will seal `directory`."""
+    def broken(self, directory: str, rank: int, reason: str, *, is_final: bool = True) -> None:
+        """A rank of this node cannot complete its part: nobody will seal `directory`.
+
+        Unless `is_final`, a later saver may complete it.
+        """
+        kind = HopelessError if is_final else StorageError
         with self._changed:
-            self._broken[directory, rank] = reason
+            self._broken[directory, rank] = kind(f"{directory} will not be sealed: {reason}")
             for watched in self._watched:
                 if watched.save.ticket.directory == directory:
                     watched.due = 0.0
@@ -130,7 +138,7 @@ class Sealer:
             _logger.exception("%s: sealing failed", directory)
             return StorageError(f"{directory}: sealing failed in the saver: {error!r}")
         with self._changed:
-            broken = [why for (at, _), why in self._broken.items() if at == directory]
+            broken = [error for (at, _), error in self._broken.items() if at == directory]
         if manifest is None and broken:
-            return StorageError(f"{directory} will not be sealed: {broken[0]}")
+            return next((error for error in broken if isinstance(error, HopelessError)), broken[0])
         return manifest

@@ -15,13 +15,15 @@ from functools import partial
 from typing import Protocol
 
 from spotspeed.agent.arena import SlotArena
+from spotspeed.agent.draining import is_final
 from spotspeed.agent.incoming import IncomingSave, SaveProgress, StoppedError
 from spotspeed.agent.ledger import SlotLedger
 from spotspeed.agent.node_tier import NodeTier
 from spotspeed.agent.process import lower_priority
 from spotspeed.agent.renewal import Renewal
-from spotspeed.agent.sealing import Sealer
+from spotspeed.agent.sealing import HopelessError, Sealer
 from spotspeed.agent.writing import Workshop, store
+from spotspeed.checkpoint.commit import take_back
 from spotspeed.checkpoint.tiers import NodePart
 from spotspeed.core.chunks import join, pack_parts
 from spotspeed.core.manifest import Manifest, encode_manifest
@@ -263,25 +265,41 @@ class Session:
             self.send(Cost(save.number, False, shard.raw_bytes, shard.size_bytes, 0.0, drained_s))
             self._stored(save, house)
         else:
-            self._fail(save, error, house)
+            self._fail(save, error, house, is_final=is_final(error))
 
     def _stored(self, save: IncomingSave, house: House) -> None:
         """This rank's part is durable at the store; the others' may be."""
         save.progress.state = "written"
         self.send(Stored(save.number, save.objects or ()))
-        house.sealer.add(save, self._settled, is_wanted=lambda: self.is_connected)
+        settle = partial(self._judged, storage=house.storage)
+        house.sealer.add(save, settle, is_wanted=lambda: self.is_connected)
+
+    def _judged(
+        self, save: IncomingSave, outcome: Manifest | SpotSpeedError, storage: Storage
+    ) -> None:
+        """What became of a save whose own part is durable."""
+        if isinstance(outcome, HopelessError):
+            outcome = _take_back(save, outcome, storage)
+        self._settled(save, outcome)
 
     def _bypassed(self, save: IncomingSave, cause: str) -> None:
         self.send(Bypassed(save.number, cause))
 
-    def _fail(self, save: IncomingSave, error: SpotSpeedError, house: House) -> None:
+    def _fail(
+        self, save: IncomingSave, error: SpotSpeedError, house: House, *, is_final: bool = True
+    ) -> None:
+        """This rank's part will not be at the store; unless `is_final`, a later saver brings it."""
         _logger.log(
             logging.INFO if isinstance(error, StoppedError) else logging.ERROR,
             "%s failed: %s", save, error,
         )  # fmt: skip
-        why = f"rank {save.rank} failed: {error}"
-        house.sealer.broken(save.ticket.directory, save.rank, why)
-        self._settled(save, error)
+        outcome: Manifest | SpotSpeedError = error
+        if is_final and save.is_promised:
+            outcome = _take_back(save, error, house.storage)
+        if not isinstance(outcome, Manifest):
+            why = f"rank {save.rank} failed: {error}"
+            house.sealer.broken(save.ticket.directory, save.rank, why, is_final=is_final)
+        self._settled(save, outcome)
 
     def _settled(self, save: IncomingSave, outcome: Manifest | SpotSpeedError) -> None:
         """Report the end of a save."""
@@ -297,6 +315,17 @@ class Session:
 
     def _free(self, slots: Sequence[int]) -> None:
         self.send(Freed(tuple(slots)))
+
+
+def _take_back(
+    save: IncomingSave, error: SpotSpeedError, storage: Storage
+) -> Manifest | SpotSpeedError:
+    """Give the space of a lost save back; what it has come to: `error`, or sealed after all."""
+    try:
+        return take_back(storage, save.ticket, save.rank) or error
+    except SpotSpeedError as obstacle:
+        _logger.warning("%s: what is there of it stays for now: %s", save, obstacle)
+        return error
 
 
 def _received(sock: socket.socket, pid: int) -> Iterator[bytes]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from spotspeed import events
 from spotspeed.checkpoint import rotation
-from spotspeed.checkpoint.gc import collect
+from spotspeed.checkpoint.gc import Scope, collect
 from spotspeed.checkpoint.sweep import Sweeper
 from spotspeed.config import KeepConfig
-from spotspeed.core.retention import SILENCE_S, Keep
+from spotspeed.core.retention import SILENCE_S, Keep, Work
 from spotspeed.errors import SpotSpeedError
 from spotspeed.storage.contract import Storage
 
@@ -28,11 +28,12 @@ class Collector:
 
     def __init__(
         self, storage: Storage, keep: KeepConfig, *, epoch: int,
-        is_quiet: Callable[[], bool] = lambda: True,
+        is_quiet: Callable[[], bool] = lambda: True, work: Callable[[], Work | None] = lambda: None,
     ) -> None:  # fmt: skip
-        """`is_quiet` says that no save is in flight."""
+        """`is_quiet` says that no save is in flight; `work`, which are, and who else may write."""
         self._storage, self._epoch = storage, epoch
         self._keep = Keep(keep.last, keep.every_steps)
+        self._work = work
         self._sweeper = Sweeper(storage, is_patient=True, is_quiet=is_quiet)
         self._thorough_at = 0.0
         self._wishes: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -62,6 +63,6 @@ class Collector:
                 self._thorough_at = now + SILENCE_S
             try:
                 collect(self._storage, self._keep, epoch=self._epoch, sweeper=self._sweeper,
-                        thorough=is_due)  # fmt: skip
+                        scope=Scope(is_due, self._work()))  # fmt: skip
             except SpotSpeedError as error:
                 events.emit(events.Lost("old checkpoints were not removed", str(error)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from spotspeed import events
@@ -81,6 +82,54 @@ def try_seal(storage: Storage, ticket: Ticket) -> Manifest | None:
     return manifest
 
 
+def withdraw(storage: Storage, directory: str, receipts: Iterable[str]) -> bool:
+    """Take these receipts of an unsealed save back, so that nobody can seal it; False if it is.
+
+    A sealer looks for all receipts again after it has created the manifest, and here the manifest
+    is looked for after the receipts are gone: of two at once at least one sees the other. What was
+    sealed meanwhile gets its receipts back.
+    """
+    taken: dict[str, bytes] = {}
+    for key in receipts:
+        try:
+            taken[key] = storage.get(key, MAX_DOCUMENT_BYTES)
+        except ObjectNotFoundError:
+            continue
+        storage.delete(key)
+    if not _is_sealed(storage, directory):
+        return True
+    for key, data in taken.items():
+        storage.put(key, data)
+    return False
+
+
+def take_back(storage: Storage, ticket: Ticket, rank: int) -> Manifest | None:
+    """Remove a rank's part of a save that will not be completed; the manifest if it is, after all.
+
+    The rank itself may have failed only in learning that its receipt is there.
+    """
+    manifest = try_seal(storage, ticket)
+    if manifest is None and withdraw(storage, ticket.directory, [ticket.receipt_path(rank)]):
+        storage.delete(ticket.shard_path(rank))
+        return None
+    return manifest or try_seal(storage, ticket)
+
+
+def receipts_of(storage: Storage, directory: str) -> tuple[Ticket | None, tuple[str, ...]]:
+    """The ticket that is saved in `directory`, None without a receipt, and the receipts' keys.
+
+    Raises CorruptionError for a receipt that is damaged or of another directory.
+    """
+    keys = [info.key for info in storage.list(directory) if info.key.endswith(".receipt")]
+    if not keys:
+        return None, ()
+    source = f"{storage.url}/{keys[0]}"
+    ticket = decode_receipt(storage.get(keys[0], MAX_DOCUMENT_BYTES), source=source).ticket
+    if ticket.directory != directory:
+        raise FormatError(f"{source}: belongs to {ticket.directory}")
+    return ticket, tuple(keys)
+
+
 def roll_forward(storage: Storage) -> RollForward:
     """Seal every directory whose receipts are complete: its savers died just before they did.
 
@@ -92,7 +141,7 @@ def roll_forward(storage: Storage) -> RollForward:
         try:
             if place_of(directory) is None or _is_sealed(storage, directory):
                 continue
-            ticket = _ticket_of(storage, directory)
+            ticket, _ = receipts_of(storage, directory)
             manifest = None if ticket is None else try_seal(storage, ticket)
         except (CorruptionError, UnreadableError) as error:
             unsealed.append(Unsealed(directory, str(error)))
@@ -151,18 +200,6 @@ def _holds_all(storage: Storage, ticket: Ticket, sizes: dict[str, int]) -> bool:
     if sizes.keys() - there.keys():
         there |= {info.key: info.size_bytes for info in storage.list(FOLDER)}
     return sizes.items() <= there.items()
-
-
-def _ticket_of(storage: Storage, directory: str) -> Ticket | None:
-    """The ticket that the receipts in `directory` are for, or None when there is no receipt."""
-    keys = [info.key for info in storage.list(directory) if info.key.endswith(".receipt")]
-    if not keys:
-        return None
-    source = f"{storage.url}/{keys[0]}"
-    ticket = decode_receipt(storage.get(keys[0], MAX_DOCUMENT_BYTES), source=source).ticket
-    if ticket.directory != directory:
-        raise FormatError(f"{source}: belongs to {ticket.directory}")
-    return ticket
 
 
 def _is_sealed(storage: Storage, directory: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from spotspeed.checkpoint.catalog import Catalog, CheckpointInfo, scan
+from spotspeed.checkpoint.commit import receipts_of, withdraw
 from spotspeed.checkpoint.ownership import read_epochs
 from spotspeed.checkpoint.rotation import forget, given_up
 from spotspeed.checkpoint.sweep import Sweeper
@@ -15,13 +16,16 @@ from spotspeed.core.lineage import Place, place_of
 from spotspeed.core.manifest import MANIFEST_FILE
 from spotspeed.core.retention import (
     Keep,
+    Remains,
     Removal,
     Sealed,
     Unfinished,
+    Work,
+    is_hopeless,
     is_left_behind,
     plan_removal,
 )
-from spotspeed.errors import OwnedError
+from spotspeed.errors import CorruptionError, ObjectNotFoundError, OwnedError
 from spotspeed.storage.contract import Leftover, Storage
 
 EXPLICIT = "explicit"
@@ -40,13 +44,22 @@ class Collected:
     """What writes that never ended had left, by its path."""
 
 
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """How far a collection goes beside the rule."""
+
+    is_thorough: bool = True
+    """Whether all of the path is searched for what crashed writes have left."""
+    work: Work | None = None
+    """As it was before the collection: tells which of the epoch's unfinished saves are hopeless;
+    None: none is."""
+
+
 def collect(
     storage: Storage, keep: Keep, *, epoch: int, dry_run: bool = False,
-    sweeper: Sweeper | None = None, thorough: bool = True,
+    sweeper: Sweeper | None = None, scope: Scope = Scope(),
 ) -> Collected:  # fmt: skip
     """Apply the rule on behalf of `epoch`, which must be the newest one, and sweep what it frees.
-
-    When `thorough`, all of the path is searched for what crashed writes have left.
 
     Only the launch that owns the path may call it, or a command line that has made sure that
     nobody does (`ownership.living_owner`). Raises OwnedError when a later epoch has begun, before
@@ -54,9 +67,10 @@ def collect(
     """
     catalog = scan(storage)
     unmarked = given_up(storage)
-    removals = plan_removal(
-        _sealed(catalog, unmarked), _unfinished(catalog), keep=keep, epoch=epoch
-    )
+    newest = max((Place(info.epoch, info.step) for info in _all(catalog) if info.epoch == epoch),
+                 default=None)  # fmt: skip
+    unfinished = _unfinished(storage, catalog, scope.work, newest)
+    removals = plan_removal(_sealed(catalog, unmarked), unfinished, keep=keep, epoch=epoch)
     size_bytes = 0
     for removal in removals:
         if not dry_run:
@@ -66,14 +80,12 @@ def collect(
             _remove(storage, removal)
             if removal.directory in unmarked:
                 forget(storage, removal.directory)
-    newest = max((Place(info.epoch, info.step) for info in _all(catalog) if info.epoch == epoch),
-                 default=None)  # fmt: skip
     sweeper = sweeper or Sweeper(storage, is_patient=False)
     gone = [removal.directory for removal in removals]
     swept = sweeper.sweep(newest, gone=gone, dry_run=dry_run)
     size_bytes += swept.size_bytes
     left: tuple[Leftover, ...] = ()
-    if thorough:
+    if scope.is_thorough:
         left = _left_behind(storage, {info.directory for info in _all(catalog)}, newest, gone)
         if left and not dry_run:
             _check_newest(storage, epoch)
@@ -111,9 +123,15 @@ def _all(catalog: Catalog) -> tuple[CheckpointInfo, ...]:
 
 
 def _remove(storage: Storage, removal: Removal) -> None:
-    # From here on it is no checkpoint any more; a crash leaves an unfinished directory at worst.
-    storage.delete(f"{removal.directory}/{MANIFEST_FILE}")
-    storage.delete_prefix(removal.directory)
+    directory = removal.directory
+    if removal.is_sealed:
+        # From here on it is no checkpoint any more; a crash leaves an unfinished one at worst.
+        storage.delete(f"{directory}/{MANIFEST_FILE}")
+    else:
+        keys = [info.key for info in storage.list(directory) if info.key.endswith(".receipt")]
+        if not withdraw(storage, directory, keys):
+            return
+    storage.delete_prefix(directory)
 
 
 def _check_newest(storage: Storage, epoch: int) -> None:
@@ -136,6 +154,26 @@ def _sealed(catalog: Catalog, unmarked: Collection[str]) -> list[Sealed]:
     return sorted(both, key=lambda item: (item.epoch, item.step, item.directory), reverse=True)
 
 
-def _unfinished(catalog: Catalog) -> list[Unfinished]:
-    places = ((name, place_of(name)) for name in catalog.unsealed)
-    return [Unfinished(name, place.epoch) for name, place in places if place is not None]
+def _unfinished(
+    storage: Storage, catalog: Catalog, work: Work | None, newest: Place | None
+) -> list[Unfinished]:
+    found: list[Unfinished] = []
+    for directory in catalog.unsealed:
+        at = place_of(directory)
+        assert at is not None
+        is_lost = False
+        if work is not None and at.epoch == catalog.newest_epoch:
+            is_lost = is_hopeless(_remains(storage, directory, at.step), work, newest=newest)
+        found.append(Unfinished(directory, at.epoch, is_lost))
+    return found
+
+
+def _remains(storage: Storage, directory: str, step: int) -> Remains:
+    try:
+        ticket, receipts = receipts_of(storage, directory)
+    except (CorruptionError, ObjectNotFoundError):
+        # Nobody can seal it, but somebody may want to see what is wrong with it.
+        return Remains(directory, step, None, is_complete=True)
+    if ticket is None:
+        return Remains(directory, step, None, is_complete=False)
+    return Remains(directory, step, ticket.reason, len(receipts) == ticket.world_size)

@@ -22,6 +22,7 @@ from spotspeed.checkpoint.agreement import (
 from spotspeed.checkpoint.catalog import describe, list_sealed, scan
 from spotspeed.checkpoint.collector import Collector
 from spotspeed.checkpoint.commit import roll_forward
+from spotspeed.checkpoint.keep_record import KeepRecord, record_keep
 from spotspeed.checkpoint.ownership import (
     RENEWAL_PERIOD_S,
     claim_epoch,
@@ -36,6 +37,7 @@ from spotspeed.coordinator.bootstrap import connect_ranks
 from spotspeed.coordinator.coordinator import Coordinator, Cut, CutListener
 from spotspeed.coordinator.notice import Notice, NoticeSource, configured_sources
 from spotspeed.core.manifest import MAX_STEP, Manifest
+from spotspeed.core.retention import Keep, Work
 from spotspeed.errors import (
     ConfigError,
     ObjectNotFoundError,
@@ -217,14 +219,17 @@ def open_session(
         stager = Stager(storage.url, config, rank, local_world_size=hosts.count(hosts[rank]),
                         on_notice=lambda left_s, source: coordinator.notice(source, left_s or None)
                         )  # fmt: skip
-        epoch, standing = _claim(storage, coordinator.exchange, stager, rank, config.take_over)
+        epoch, standing = _claim(storage, coordinator.exchange, stager, rank, config)
     except BaseException:  # whatever ends this, a signal's exception too: its threads end as well
         coordinator.close(0.0)
         raise
     session = Session(storage, coordinator, stager, epoch, rank, standing=standing, near=near)
     _open[storage.url] += 1
     if rank == 0:
-        session.collector = Collector(storage, config.keep, epoch=epoch, is_quiet=stager.is_idle)
+        session.collector = Collector(
+            storage, config.keep, epoch=epoch, is_quiet=stager.is_idle,
+            work=lambda: Work(stager.in_flight(), has_tiers=near is not None),
+        )  # fmt: skip
     if rank == hosts.index(hosts[rank]):
         session.watch(config.notice)
     return session
@@ -247,7 +252,7 @@ def _open_tier(local_path: str | None, storage: Storage, exchange: Exchange) -> 
 
 
 def _claim(
-    storage: Storage, exchange: Exchange, stager: Stager, rank: int, take_over: bool
+    storage: Storage, exchange: Exchange, stager: Stager, rank: int, config: SpotSpeedConfig
 ) -> tuple[int, Standing | None]:
     """Let the saver that an older launch left here finish, then begin the next epoch.
 
@@ -265,7 +270,9 @@ def _claim(
     all_or_none(exchange, "drain", drain)
 
     def claim() -> dict[str, Any]:
-        claimed = claim_epoch(storage, take_over=take_over)
+        claimed = claim_epoch(storage, take_over=config.take_over)
+        keep = Keep(config.keep.last, config.keep.every_steps)
+        record_keep(storage, claimed.epoch, KeepRecord(keep, config.local_path is not None))
         for manifest in roll_forward(storage).sealed:
             info = describe(manifest)
             events.emit(events.Sealed(info.directory, info.tag, info.step, info.size_bytes, 0.0))

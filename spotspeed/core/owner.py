@@ -47,7 +47,7 @@ class OwnerRecord:
 
     `state` is "training" while ranks run, "draining" when only the saver still writes for them,
     "released" after a close. `nonce` tells two claims of one process apart. The two times are the
-    owner's own clock (Unix seconds) and serve messages only.
+    owner's own clock (Unix seconds); they serve messages, and where hours are meant, `is_over`.
     """
 
     epoch: int
@@ -131,6 +131,16 @@ def may_take_over(observed: Observation | None, *, now_unix_s: int, take_over: b
     return Decision(
         Verdict.TAKE_OVER, f"{who} has not renewed its claim for {observed.watched_s:.1f} s"
     )
+
+
+def is_over(owner: OwnerRecord | None, *, now_unix_s: int, silence_s: float) -> bool:
+    """Whether nobody writes for a launch any more that is not alive; not its savers either.
+
+    Those of other nodes are not seen from here, so one that was not closed must have been silent.
+    """
+    if owner is None or owner.state == "released":
+        return True
+    return now_unix_s - owner.renewed_unix_s >= silence_s
 
 
 def describe(owner: OwnerRecord, now_unix_s: int) -> str:

@@ -1,14 +1,14 @@
 """Which checkpoints may go: the `keep` rule, and what an interrupted save or a lost epoch left.
 
 Explicit saves stay until the user removes them, or the marker that stands for them. The newest
-sealed checkpoint stays whatever the rule says, and nothing of the epoch that is running is touched
-before it is sealed. What older epochs left behind goes once the running one has sealed something,
-so that there is always something newer than what is removed.
+sealed checkpoint stays whatever the rule says. What older epochs left unfinished goes once the
+running one has sealed something, so that there is always something newer than what is removed; of
+the running epoch itself only what nobody can complete any more (`is_hopeless`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from spotspeed.core.frozen import FOLDER
@@ -17,6 +17,8 @@ from spotspeed.core.lineage import Place, place_of
 SILENCE_S = 3600.0
 """A file that is being written is taken for left behind when nothing came for so long: no store, no
 upload and no fsync holds a living writer up that much."""
+EVERYTHING = 2**62
+"""As `Keep.last`: more than there ever are."""
 _BY_RULE = frozenset({"periodic", "notice", "final"})
 
 
@@ -47,10 +49,35 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A directory without a manifest."""
+    """A directory without a manifest; `is_hopeless` as that function says it."""
 
     directory: str
     epoch: int
+    is_hopeless: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What is there of a save of the running epoch that is not sealed."""
+
+    directory: str
+    step: int
+    reason: str | None
+    """Of the save, by its receipts; None when no rank's part of it is complete."""
+    is_complete: bool
+    """Whether every rank's part is, so that it lacks nothing but its manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Who may still complete saves of the running epoch."""
+
+    in_flight: frozenset[str] = frozenset()
+    """Directories of saves that its first rank waits for."""
+    is_over: bool = False
+    """Whether no process writes for it any more."""
+    has_tiers: bool = True
+    """Whether parts may lie on nodes' own disks, to be drained by a saver that starts later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +90,7 @@ class Removal:
 
 
 def plan_removal(
-    sealed: Sequence[Sealed], unfinished: Iterable[Unfinished], *, keep: Keep, epoch: int
+    sealed: Sequence[Sealed], unfinished: Sequence[Unfinished], *, keep: Keep, epoch: int
 ) -> tuple[Removal, ...]:
     """What may be removed while `epoch` is the running one, oldest first.
 
@@ -96,7 +123,28 @@ def plan_removal(
             for item in unfinished
             if item.epoch < epoch
         ]
+    removals += [
+        Removal(item.directory, "nobody can complete it any more", False)
+        for item in unfinished
+        if item.epoch == epoch and item.is_hopeless
+    ]
     return tuple(sorted(removals, key=lambda removal: removal.directory))
+
+
+def is_hopeless(remains: Remains, work: Work, *, newest: Place | None) -> bool:
+    """Whether a save of the running epoch will never be sealed, so that what is there may go.
+
+    `newest` is the epoch's newest seal. Every rank stores its saves in their order, so when a later
+    one is sealed and the first rank waits for this one no more, no rank is going to add to it; but
+    for a part that a node's disk still holds, which is drained by a later saver unless something
+    newer makes it useless (checkpoint/tiers.py, `is_wanted`). A complete one is sealed instead.
+    """
+    if remains.is_complete or remains.directory in work.in_flight:
+        return False
+    is_superseded = newest is not None and remains.step < newest.step
+    if work.has_tiers and remains.reason is not None:
+        return is_superseded and remains.reason != "explicit"
+    return is_superseded or work.is_over
 
 
 def is_left_behind(

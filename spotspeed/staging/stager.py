@@ -148,6 +148,12 @@ class Stager:
         with self._changed:
             return all(save.is_settled for save in self._unsettled)
 
+    def in_flight(self) -> frozenset[str]:
+        """The directories of the saves that are not."""
+        with self._changed:
+            unsettled = [save for save in self._unsettled if not save.is_settled]
+            return frozenset(save.ticket.directory for save in unsettled)
+
     def adopt(self, objects: Iterable[ObjectRecord]) -> None:
         """The training goes on from a checkpoint with these frozen objects, all of them verified.
 

@@ -86,6 +86,26 @@ def test_a_full_disk_fails_the_save_and_not_the_next_one(disk: Disk) -> None:
     check_sealed(path, 2, world_size=1, **SMALL)
 
 
+def test_what_other_ranks_stored_of_a_save_that_one_has_lost_is_given_back(tmp_path: Path) -> None:
+    path, limit = tmp_path / "store", ["prlimit", f"--fsize={20 << 20}"]
+    with (
+        RankProcess(path, 0, 2, prefix=limit, host_memory_gb=0.015) as small,
+        RankProcess(path, 1, 2, prefix=limit, host_memory_gb=0.015) as large,
+    ):
+        for rank in (small, large):
+            rank.ask("reserve", size_bytes=15 << 20)
+        small.ask("stage", step=1, **SMALL)
+        small.ask("stored", step=1)
+        large.ask("stage", step=1, **LARGE)
+        assert "ulimit -f" in large.ask("result", step=1)["text"]
+        assert "rank 1 failed" in small.ask("result", step=1)["text"]
+        assert [file for file in path.rglob("*") if file.is_file()] == []
+        for rank in (small, large):
+            rank.ask("stage", step=2, **SMALL)
+        assert small.ask("result", step=2) == large.ask("result", step=2)
+    check_sealed(path, 2, world_size=2, **SMALL)
+
+
 def test_a_disk_that_gets_room_in_time_loses_nothing(disk: Disk) -> None:
     path = disk.place / "store"
     with RankProcess(path) as rank:

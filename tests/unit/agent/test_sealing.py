@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from spotspeed.agent.incoming import IncomingSave
-from spotspeed.agent.sealing import Sealer
+from spotspeed.agent.sealing import HopelessError, Sealer
 from spotspeed.checkpoint.shard import ShardWriter
 from spotspeed.core.chunks import StreamLayout, pack
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.core.saver_protocol import Begin
-from spotspeed.errors import SpotSpeedError
+from spotspeed.errors import SpotSpeedError, StorageError
 from spotspeed.storage.local import LocalStorage
 
 TICKET = Ticket(1, 10, "a", "step-10", "periodic", 2, 0)
@@ -79,7 +79,20 @@ def test_a_rank_that_cannot_complete_ends_the_waiting(tmp_path: Path, outcomes: 
     _write(storage, 0)
     _add(sealer, 0, outcomes)
     sealer.broken(TICKET.directory, 1, "rank 1 failed: disk full")
-    assert "rank 1 failed: disk full" in str(outcomes.get(timeout=LIMIT_S)[1])
+    outcome = outcomes.get(timeout=LIMIT_S)[1]
+    assert isinstance(outcome, HopelessError) and "rank 1 failed: disk full" in str(outcome)
+
+
+def test_a_part_that_a_later_saver_may_bring_is_not_hopeless(
+    tmp_path: Path, outcomes: Outcomes
+) -> None:
+    storage = LocalStorage(tmp_path)
+    sealer = Sealer(storage)
+    _write(storage, 0)
+    sealer.broken(TICKET.directory, 1, "rank 1 failed: on this node only", is_final=False)
+    _add(sealer, 0, outcomes)
+    outcome = outcomes.get(timeout=LIMIT_S)[1]
+    assert isinstance(outcome, StorageError) and not isinstance(outcome, HopelessError)
 
 
 def test_a_rank_that_tries_again_is_waited_for(tmp_path: Path, outcomes: Outcomes) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from spotspeed.checkpoint.commit import LATEST_KEY, read_latest, roll_forward, try_seal
+from spotspeed.checkpoint.commit import (
+    LATEST_KEY,
+    read_latest,
+    roll_forward,
+    take_back,
+    try_seal,
+    withdraw,
+)
 from spotspeed.core.manifest import Ticket
 from spotspeed.errors import CorruptionError, FormatError, StorageError
 from spotspeed.storage.contract import ReadBuffer
@@ -152,3 +159,22 @@ def test_roll_forward_seals_what_is_complete_and_reports_the_rest(
 
 def test_roll_forward_of_an_empty_path_does_nothing(storage: LocalStorage) -> None:
     assert roll_forward(storage).sealed == ()
+
+
+def test_a_part_of_a_lost_save_is_taken_back(storage: LocalStorage, save_small: Save) -> None:
+    ticket = save_small(storage, 1, 10, ranks=[0, 1], world_size=3)
+    assert take_back(storage, ticket, 0) is None
+    assert [info.key for info in storage.list()] == [ticket.receipt_path(1), ticket.shard_path(1)]
+    assert take_back(storage, ticket, 1) is take_back(storage, ticket, 2) is None
+    assert storage.list() == []
+
+
+def test_what_is_complete_after_all_is_sealed_and_not_taken_back(
+    storage: LocalStorage, save_small: Save
+) -> None:
+    ticket = save_small(storage, 1, 10)
+    manifest = take_back(storage, ticket, 0)
+    assert manifest is not None and manifest == try_seal(storage, ticket)
+    before = storage.list()
+    assert not withdraw(storage, ticket.directory, [ticket.receipt_path(0)])
+    assert storage.list() == before

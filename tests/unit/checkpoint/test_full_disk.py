@@ -170,7 +170,7 @@ def test_on_a_disk_with_any_room_left_a_save_succeeds_or_leaves_nothing(disk: Pa
             assert "no space is left" in str(error)
             outcomes.append(False)
             unfinished = [name for name in scan(storage).unsealed if f"{step:012d}." in name]
-            for name in unfinished:  # as gc does once something newer is sealed
+            for name in unfinished:  # as gc does once it knows that nobody will complete it
                 storage.delete_prefix(name)
             assert os.statvfs(disk).f_bavail == free, "all of its space is given back"
         check(storage, [step, 1] if outcomes[-1] else [1])

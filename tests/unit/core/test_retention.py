@@ -8,7 +8,17 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spotspeed.core.retention import Keep, Removal, Sealed, Unfinished, plan_removal
+from spotspeed.core.lineage import Place
+from spotspeed.core.retention import (
+    Keep,
+    Remains,
+    Removal,
+    Sealed,
+    Unfinished,
+    Work,
+    is_hopeless,
+    plan_removal,
+)
 
 
 def sealed(*specs: tuple[int, int] | tuple[int, int, str], on_lineage: bool = True) -> list[Sealed]:
@@ -91,9 +101,36 @@ def test_a_job_that_began_anew_keeps_the_newest_of_the_old_history() -> None:
     assert removed(items, epoch=2) == {"e1-s10-periodic", "e1-s20-periodic"}
 
 
-def test_unfinished_saves_of_this_epoch_are_never_touched() -> None:
+def test_unfinished_saves_of_this_epoch_go_only_when_they_are_hopeless() -> None:
     items = sealed((2, 30), (2, 40))
-    assert removed(items, [Unfinished("mine", 2)], epoch=2) == set()
+    left = [Unfinished("mine", 2), Unfinished("lost", 2, is_hopeless=True)]
+    assert removed(items, left, epoch=2) == {"lost"}
+    assert removed([], left, epoch=2) == {"lost"}
+    assert removed([*sealed((3, 50)), *items], left, epoch=2) == set()
+
+
+def test_a_save_is_hopeless_when_nobody_can_complete_it() -> None:
+    newest = Place(2, 40)
+    older = Remains("older", 30, "periodic", is_complete=False)
+    newer = replace(older, step=41)
+    asked = replace(older, reason="explicit")
+    bare, bare_newer = replace(older, reason=None), replace(newer, reason=None)
+    alive = Work(has_tiers=False)
+    assert is_hopeless(older, alive, newest=newest)
+    assert is_hopeless(asked, alive, newest=newest)
+    for waits in (newer, replace(older, step=40), replace(older, is_complete=True)):
+        assert not is_hopeless(waits, alive, newest=newest)
+    assert not is_hopeless(older, alive, newest=None)
+    assert not is_hopeless(older, replace(alive, in_flight=frozenset({"older"})), newest=newest)
+    over = replace(alive, is_over=True)
+    assert is_hopeless(newer, over, newest=newest) and is_hopeless(newer, over, newest=None)
+    assert not is_hopeless(replace(newer, is_complete=True), over, newest=newest)
+    tiered = Work(is_over=True, has_tiers=True)
+    assert is_hopeless(older, tiered, newest=newest)
+    assert not is_hopeless(asked, tiered, newest=newest)
+    assert not is_hopeless(newer, tiered, newest=newest)
+    assert is_hopeless(bare, tiered, newest=newest)
+    assert is_hopeless(bare_newer, tiered, newest=None), "no part of it is complete at the store"
 
 
 def test_leftovers_of_older_epochs_wait_for_a_seal_of_this_one() -> None:
