@@ -57,9 +57,15 @@ class GlobalSampler:
 
     Micro-step j of global step k takes, on rank r of W, the m positions that begin at
     start_sample + k*G + (j*W + r)*m; a global batch has G and a micro-batch m samples. For any
-    W the ranks together take the same G samples in step k. With `epochs` the stream ends after so
-    many; what is left then and does not fill a global batch is not used. Every `iter()` begins at
-    `start_sample`; getting there costs O(1).
+    W the ranks together take the same G samples in step k. Every `iter()` begins at `start_sample`;
+    getting there costs O(1).
+
+    With `epochs` the stream ends after so many. What is left then and does not fill a global batch
+    is a last, smaller step, divided as evenly as it goes among as many micro-batches (at most m
+    samples each, one more in some than in others); with `drop_last` it is left out. So is what has
+    fewer samples than a step has micro-batches, because some rank would have none: unless, with
+    `shares_tail`, it and the step before become two steps of half the size each. `taken` then tells
+    where a step ends.
 
     Raises ConfigError when G does not divide into micro-batches of all ranks.
     """
@@ -74,6 +80,8 @@ class GlobalSampler:
     shuffle: bool = True
     start_sample: int = 0
     epochs: int | None = None
+    drop_last: bool = False
+    shares_tail: bool = False
 
     def __post_init__(self) -> None:
         check_division(self.global_batch, self.micro_batch, self.world_size)
@@ -93,8 +101,25 @@ class GlobalSampler:
         """Micro-batches of this rank in one global step."""
         return self.global_batch // (self.micro_batch * self.world_size)
 
+    @property
+    def left_out(self) -> int:
+        """Samples at the stream's end that no step takes; 0 for an endless stream."""
+        left, (full, last) = self._left(), self._steps()
+        return 0 if left is None or full is None else left - full * self.global_batch - sum(last)
+
+    def taken(self, samples: int) -> int:
+        """How many samples steps have taken that count as `samples`, a global batch each.
+
+        The two differ only at the end of the last epoch.
+        """
+        full, last = self._steps()
+        if full is None or samples <= full * self.global_batch:
+            return samples
+        steps = samples // self.global_batch - full
+        return full * self.global_batch + sum(last[:steps])
+
     def __iter__(self) -> Iterator[MicroBatch]:
-        order, step, steps = self.order, 0, self._steps()
+        order, step, (steps, last) = self.order, 0, self._steps()
         steps_at_once = max(1, _BLOCK * self.world_size // self.global_batch)
         while steps is None or step < steps:
             count = steps_at_once if steps is None else min(steps_at_once, steps - step)
@@ -103,18 +128,46 @@ class GlobalSampler:
             for own_positions, own_samples in zip(positions, samples, strict=True):
                 yield MicroBatch(own_samples.tolist(), own_positions.tolist())
             step += count
+        first = self.start_sample + step * self.global_batch
+        for size in last:
+            for own in self._uneven(first, size):
+                yield MicroBatch(order.samples(own).tolist(), own.tolist())
+            first += size
 
     def __len__(self) -> int:
-        steps = self._steps()
+        steps, last = self._steps()
         if steps is None:
             raise TypeError("an endless stream of samples has no length: give epochs")
-        return steps * self.micro_steps
+        return (steps + len(last)) * self.micro_steps
 
-    def _steps(self) -> int | None:
+    def _left(self) -> int | None:
+        """Samples of the stream from `start_sample` on."""
         if self.epochs is None:
             return None
-        left = self.epochs * self.dataset_size - self.start_sample
-        return max(0, left) // self.global_batch
+        return max(0, self.epochs * self.dataset_size - self.start_sample)
+
+    def _steps(self) -> tuple[int | None, tuple[int, ...]]:
+        """The number of whole global batches, and the sizes of the smaller ones that follow."""
+        left = self._left()
+        if left is None:
+            return None, ()
+        full, tail = divmod(left, self.global_batch)
+        micro_batches = self.global_batch // self.micro_batch
+        if not tail or self.drop_last:
+            return full, ()
+        if tail >= micro_batches:
+            return full, (tail,)
+        both = self.global_batch + tail
+        if self.shares_tail and full and both // 2 >= micro_batches:
+            return full - 1, (both - both // 2, both // 2)
+        return full, ()
+
+    def _uneven(self, first: int, size: int) -> Iterator[Words]:
+        """The positions of this rank's micro-batches of the `size` samples from `first` on."""
+        least, larger = divmod(size, self.micro_steps * self.world_size)
+        for number in range(self.rank, self.micro_steps * self.world_size, self.world_size):
+            begin = first + number * least + min(number, larger)
+            yield np.arange(begin, begin + least + (number < larger), dtype=np.uint64)
 
     def _positions(self, step: int, count: int) -> Words:
         """The positions of steps [step, step + count): one row for each micro-batch."""

@@ -5,7 +5,7 @@ Not what a loader has fetched: workers are batches ahead of the step that is bei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from spotspeed.core.sample_order import SampleOrder
@@ -16,19 +16,24 @@ class Cursor:
     """Counts the samples that updates have consumed since stream position `start_sample`.
 
     `global_samples` is the engine's count at that position; the engine advances it by one global
-    batch at every update, skipped ones included, which is what the stream advances by too.
+    batch at every update, skipped ones included. The stream advances by what `taken` makes of that:
+    the same, but for the last steps of a stream that has an end.
     """
 
-    __slots__ = ("_global_samples", "_start_sample", "order")
+    __slots__ = ("_global_samples", "_start_sample", "_taken", "order")
 
-    def __init__(self, order: SampleOrder, *, start_sample: int, global_samples: int) -> None:
+    def __init__(
+        self, order: SampleOrder, *, start_sample: int, global_samples: int,
+        taken: Callable[[int], int] = int,
+    ) -> None:  # fmt: skip
         self.order = order
         self._start_sample, self._global_samples = start_sample, global_samples
+        self._taken = taken
 
     def at(self, global_samples: int) -> dict[str, Any]:
         """The stored form of the position at the boundary with that count of samples."""
         return {
-            "sample": self._start_sample + global_samples - self._global_samples,
+            "sample": self._start_sample + self._taken(global_samples - self._global_samples),
             "dataset_size": self.order.dataset_size,
             "seed": self.order.seed,
             "shuffle": self.order.shuffle,

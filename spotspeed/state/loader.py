@@ -8,6 +8,7 @@ more in a resumed run, leaves the training's random numbers alone.
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
@@ -15,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from deepspeed import comm
+from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -32,10 +34,14 @@ from spotspeed.state.engine import Engine
 from spotspeed.state.small import SmallState
 from spotspeed.state.workers import DEFAULT_SIGNALS, WorkerInit, held_back
 
+_logger = logging.getLogger("spotspeed")
+
 
 def reads_shuffled(loader: DataLoader[Any]) -> bool:
     """Whether the user's loader shuffles; raises ConfigError when its order is not known to us."""
     sampler = loader.sampler
+    if isinstance(loader.batch_sampler, GlobalSampler):
+        return loader.batch_sampler.shuffle
     if type(loader.batch_sampler) is not BatchSampler:
         raise ConfigError(
             f"the loader makes its batches with {type(loader.batch_sampler).__name__}, whose order "
@@ -55,9 +61,34 @@ def reads_shuffled(loader: DataLoader[Any]) -> bool:
         return True
     raise ConfigError(
         f"the loader's sampler is a {type(sampler).__name__}, whose order cannot be continued on "
-        f"another number of ranks; use shuffle=True or False, or give the DataLoader a "
-        f"spotspeed.GlobalSampler as batch_sampler yourself"
+        f"another number of ranks; use shuffle=True or False, or a spotspeed.GlobalSampler as "
+        f"batch_sampler"
     )
+
+
+def as_loader(loader: Any) -> DataLoader[Any]:
+    """`loader` as torch's class, also where `deepspeed.initialize(training_data=...)` made it.
+
+    Raises ConfigError when it is of a class whose order is not known to us.
+    """
+    if isinstance(loader, DataLoader):
+        return loader
+    if not isinstance(loader, DeepSpeedDataLoader):
+        raise ConfigError(
+            f"loader is a {type(loader).__name__}: expected a torch DataLoader, or what "
+            f"deepspeed.initialize(training_data=...) returns"
+        )
+    return DataLoader(
+        loader.dataset, batch_size=loader.batch_size, sampler=loader.data_sampler,
+        collate_fn=loader.collate_fn, num_workers=loader.num_local_io_workers,
+        pin_memory=loader.pin_memory, drop_last=loader.dataloader_drop_last,
+    )  # fmt: skip
+
+
+def _drops_last(engine: Any, loader: DataLoader[Any]) -> bool:
+    """Whether the last epoch ends with a whole global batch: pipelines exchange fixed shapes."""
+    own = loader.batch_sampler if isinstance(loader.batch_sampler, GlobalSampler) else loader
+    return bool(own.drop_last) or hasattr(type(engine), "train_batch")
 
 
 def engine_sampler(
@@ -77,7 +108,8 @@ def engine_sampler(
     """
     shuffle = reads_shuffled(loader)
     if seed is None:
-        seed = int(getattr(loader.sampler, "seed", 0) if stored is None else stored.get("seed", 0))
+        own = getattr(loader.batch_sampler, "seed", getattr(loader.sampler, "seed", 0))
+        seed = int(own if stored is None else stored.get("seed", 0))
     size = len(cast(Sized, loader.dataset))
     if stored is None:
         start_sample = int(engine.global_samples)
@@ -93,6 +125,8 @@ def engine_sampler(
         shuffle=shuffle,
         start_sample=start_sample,
         epochs=epochs,
+        drop_last=_drops_last(engine, loader),
+        shares_tail=True,
     )
 
 
@@ -101,13 +135,29 @@ def engine_batches(
 ) -> Iterator[Any]:
     """Micro-batches of `loader` from where `engine` stands; `small` keeps the place from now on.
 
-    Workers survive `signals`, by name. Raises ConfigError when the order cannot be continued.
+    They end `epochs` epochs after the end of the last call that gave all it had. Workers survive
+    `signals`, by name. Raises ConfigError when the order cannot be continued.
     """
-    samples = int(engine.global_samples)
+    samples, loader = int(engine.global_samples), as_loader(loader)
     stored = small.cursor.at(samples) if small.cursor else None
-    sampler = engine_sampler(engine, loader, stored=stored, epochs=epochs)
-    small.cursor = Cursor(sampler.order, start_sample=sampler.start_sample, global_samples=samples)
-    yield from ordered_loader(loader, sampler, signals=tuple({*DEFAULT_SIGNALS, *signals}))
+    until = None if epochs is None else small.epochs_done + epochs
+    sampler = engine_sampler(engine, loader, stored=stored, epochs=until)
+    small.cursor = Cursor(sampler.order, start_sample=sampler.start_sample, global_samples=samples,
+                          taken=sampler.taken)  # fmt: skip
+    if sampler.left_out and sampler.rank == 0 and not sampler.drop_last:
+        _logger.warning(
+            "the last %d samples before the end of epoch %s make no step, which has %d micro "
+            "batches: they come first in the next call of batches(), if there is one",
+            sampler.left_out, until, sampler.global_batch // sampler.micro_batch,
+        )  # fmt: skip
+    count, end = 0, None if until is None else len(sampler)
+    try:
+        for batch in ordered_loader(loader, sampler, signals=(*DEFAULT_SIGNALS, *signals)):
+            count += 1
+            yield batch
+    finally:
+        if count == end and until is not None:
+            small.epochs_done = until
 
 
 def ordered_loader(
@@ -171,20 +221,35 @@ class _OrderedLoader(DataLoader[Any]):
 
 
 class SeededDataset(Dataset[Any]):
-    """A map-style data set that seeds Python's, numpy's and torch's generators for each sample."""
+    """A map-style data set that seeds Python's, numpy's and torch's generators for each sample.
+
+    Its attributes are those of the data set: a `worker_init_fn` opens files there.
+    """
 
     def __init__(self, dataset: Any, seed: int) -> None:
-        self._dataset, self._seed = dataset, seed
+        vars(self).update(_seeded=dataset, _seeded_by=seed)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what is not found on this object; while it is unpickled it has nothing yet.
+        if name.startswith("_seeded"):
+            raise AttributeError(name)
+        return getattr(self._seeded, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._seeded, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SeededDataset, (self._seeded, self._seeded_by)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._seeded)
 
     def __getitem__(self, index: int) -> Any:
-        return self._dataset[index]
+        return self._seeded[index]
 
     def __getitems__(self, batch: MicroBatch) -> list[Any]:
         """The samples of one micro-batch; torch calls this in the worker."""
-        own = getattr(self._dataset, "__getitems__", None)
+        own = getattr(self._seeded, "__getitems__", None)
         if own is not None:
             self._seed_for(batch.positions[0])
             return list(own(list(batch)))
@@ -193,10 +258,10 @@ class SeededDataset(Dataset[Any]):
     def _each(self, batch: MicroBatch) -> Iterator[Any]:
         for index, position in zip(batch, batch.positions, strict=True):
             self._seed_for(position)
-            yield self._dataset[index]
+            yield self._seeded[index]
 
     def _seed_for(self, position: int) -> None:
-        word = _word(self._seed, f"sample {position}")
+        word = _word(self._seeded_by, f"sample {position}")
         random.seed(word)
         np.random.seed(word & 0xFFFFFFFF)
         torch.default_generator.manual_seed(word)

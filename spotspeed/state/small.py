@@ -85,6 +85,8 @@ class SmallState:
 
         `apply` sets it to the stored one, which thus survives until the loader is there again.
         """
+        self.epochs_done = 0
+        """Through which epochs of its stream this process has gone, call by call."""
         self.is_between_epochs = False
         """Of the boundary that `apply` restored: whether it ended an epoch of a DataLoader."""
         self.late = LateState() if late is None else late

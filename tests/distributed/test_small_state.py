@@ -41,8 +41,8 @@ def test_one_process_resumes_bit_for_bit_at_every_stage():
 
 def test_the_hooks_fire_at_the_boundaries_of_real_engines_and_epochs_resume_exactly():
     output = run_alone("tests/distributed/drivers/boundary_real.py")
-    assert lines(output, 0) == [f"check_{name}:" for name in
-                                ("engine", "overflow", "pipeline", "epochs")]  # fmt: skip
+    names = ("engine", "overflow", "pipeline", "epochs", "batches")
+    assert lines(output, 0) == [f"check_{name}:" for name in names]
 
 
 @pytest.mark.ranks

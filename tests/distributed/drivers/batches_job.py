@@ -1,4 +1,7 @@
-"""Train on `checkpointer.batches()` and log which samples each step saw, on every rank."""
+"""Train on `checkpointer.batches()` and log which samples each step saw, on every rank.
+
+Without workers: on a DataLoader of the script's own that has a GlobalSampler.
+"""
 
 import json
 import os
@@ -24,6 +27,15 @@ class Numbers(Dataset):
         return torch.tensor([float(index), 1.0])
 
 
+def own_batches(engine) -> DataLoader:
+    sampler = spotspeed.GlobalSampler(
+        SIZE, global_batch=engine.train_batch_size(), rank=distributed.get_rank(),
+        micro_batch=engine.train_micro_batch_size_per_gpu(), epochs=EPOCHS,
+        world_size=distributed.get_world_size(), start_sample=engine.global_samples,
+    )  # fmt: skip
+    return DataLoader(Numbers(), batch_sampler=sampler)
+
+
 def main() -> None:
     deepspeed.init_distributed(distributed_port=int(os.environ["MASTER_PORT"]))
     torch.manual_seed(1)
@@ -42,8 +54,9 @@ def main() -> None:
     checkpointer = spotspeed.attach(engine, loader=loader)
     checkpointer.restore()
     rank = distributed.get_rank()
+    batches = checkpointer.batches(epochs=EPOCHS) if WORKERS != "0" else own_batches(engine)
     with (LOG / f"{distributed.get_world_size()}-{rank}.jsonl").open("a") as log:
-        for batch in checkpointer.batches(epochs=EPOCHS):
+        for batch in batches:
             step = engine.global_steps + 1
             loss = engine(batch).mean()
             engine.backward(loss)

@@ -181,6 +181,42 @@ def train_epochs(directory, tag):
     return losses, None if restored is None else restored.step
 
 
+def check_batches() -> None:
+    """One call of batches() an epoch, with the loader of `training_data`, in several launches."""
+    with tempfile.TemporaryDirectory() as directory:
+        steps = train_batches(directory, 4) + train_batches(directory, 6) + train_batches(directory)
+    assert [len(step) for step in steps] == [4, 4, 2] * 3, steps
+    for epoch in range(3):
+        seen = [sample for step in steps[3 * epoch : 3 * epoch + 3] for sample in step]
+        assert sorted(seen) == list(range(10)) and seen != sorted(seen), steps
+
+
+def train_batches(directory, stop_at=None):
+    """The samples of each step, of three epochs or until `stop_at`."""
+    model, steps = torch.nn.Linear(1, 1), []
+    engine, _, loader, _ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(),
+        training_data=[torch.tensor([float(number)]) for number in range(10)],
+        config=config(spotspeed={"path": directory, "interval": {"seconds": None}}),
+    )  # fmt: skip
+    checkpointer = spotspeed.attach(engine, loader=loader)
+    checkpointer.restore()
+    for _ in range(3):
+        for batch in checkpointer.batches():
+            if engine.micro_steps % 2 == 0:
+                steps.append([])
+            steps[-1] += batch.flatten().int().tolist()
+            engine.backward(engine(batch).mean())
+            engine.step()
+            if engine.global_steps == stop_at:
+                checkpointer.close()
+                engine.destroy()
+                return steps
+    checkpointer.close()
+    engine.destroy()
+    return steps
+
+
 def main() -> None:
     from deepspeed.accelerator import get_accelerator
 
@@ -188,7 +224,7 @@ def main() -> None:
     get_accelerator().is_fp16_supported = lambda: True
     check_signatures()
     deepspeed.init_distributed("gloo")
-    for check in (check_engine, check_overflow, check_pipeline, check_epochs):
+    for check in (check_engine, check_overflow, check_pipeline, check_epochs, check_batches):
         check()
         sys.stdout.write(f"rank 0: {check.__name__}: ok\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import random
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils.data import (
 
 from spotspeed.core.sample_order import GlobalSampler
 from spotspeed.errors import ConfigError
-from spotspeed.state.loader import ordered_loader, reads_shuffled
+from spotspeed.state.loader import SeededDataset, as_loader, ordered_loader, reads_shuffled
 from spotspeed.state.workers import WorkerInit
 
 
@@ -113,6 +114,40 @@ def test_the_users_worker_init_fn_still_runs_in_each_worker():
     assert Marked.worker is None
 
 
+class Opened(Marked):
+    opened = closed = -1
+
+    def open(self):
+        self.opened = 4
+
+    def __getitem__(self, index):
+        return self.opened, self.closed
+
+
+def open_there(worker_id):
+    dataset = torch.utils.data.get_worker_info().dataset
+    dataset.open()
+    dataset.closed = dataset.opened + 1
+
+
+def test_a_worker_init_fn_finds_the_users_own_data_set():
+    loader = DataLoader(Opened(), 2, num_workers=1, worker_init_fn=open_there)
+    (batch,) = take(ordered_loader(loader, sampler()), 1)
+    assert [column.tolist() for column in batch] == [[4, 4], [5, 5]]
+
+
+def test_a_data_set_travels_to_a_spawned_worker_with_its_attributes():
+    seeded = SeededDataset(Opened(), 3)
+    seeded.open()
+    again = pickle.loads(pickle.dumps(seeded))
+    assert again.opened == 4 and again[0] == (4, -1) and len(again) == 20
+
+
+def test_a_loader_of_another_kind_is_refused_by_name():
+    with pytest.raises(ConfigError, match="loader is a list: expected a torch DataLoader"):
+        as_loader([1, 2])
+
+
 @pytest.mark.parametrize("setting", ["num_workers", "prefetch_factor", "persistent_workers",
                                      "timeout", "pin_memory", "collate_fn"])  # fmt: skip
 def test_settings_of_the_users_loader_are_kept(setting):
@@ -128,6 +163,8 @@ def test_settings_of_the_users_loader_are_kept(setting):
         (DataLoader(range(4), shuffle=True), True),
         (DataLoader(range(4), sampler=DistributedSampler(range(4), 2, 0)), True),
         (DataLoader(range(4), sampler=DistributedSampler(range(4), 2, 0, shuffle=False)), False),
+        (DataLoader(range(20), batch_sampler=sampler()), True),
+        (DataLoader(range(20), batch_sampler=sampler(shuffle=False)), False),
     ],
 )
 def test_known_samplers_tell_whether_they_shuffle(loader, shuffles):
@@ -143,7 +180,7 @@ def test_known_samplers_tell_whether_they_shuffle(loader, shuffles):
         (DataLoader(range(4), sampler=RandomSampler(range(4), num_samples=2)), "RandomSampler"),
         (DataLoader(range(4)), "made for 20 samples"),
         (DataLoader(range(20), batch_size=None), "NoneType"),
-        (DataLoader(range(20), batch_sampler=sampler()), "GlobalSampler"),
+        (DataLoader(range(4), batch_sampler=sampler()), "made for 20 samples"),
     ],
 )
 def test_an_order_that_cannot_be_continued_is_refused(loader, why):
