@@ -1,6 +1,6 @@
-"""Every sample of the epochs once, whatever number of ranks goes on: `Checkpointer.batches` in one
-launch, a GlobalSampler in a DataLoader of the script's own before and after it.
+"""Every sample of the epochs comes once, whatever number of ranks goes on.
 
+`Checkpointer.batches` in one launch, a script's own loader with a GlobalSampler before and after.
 Twelve samples do not divide by three ranks in micro batches of three: those take two at a time.
 """
 
