@@ -13,6 +13,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -55,21 +56,26 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 P = ParamSpec("P")
 EXIT_DAMAGED = 1
 EXIT_FAILED = 3
+MAX_COLUMNS = 100_000
+"""Wider tables are cut: no name in them is so long."""
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
-    """Errors of ours as one line on stderr and an exit code."""
+    """Errors as one line on stderr and an exit code, and with --json as the document on stdout."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except CorruptionError as error:
-            say(errors, str(error), word="[red]damaged:[/red]")
-            raise typer.Exit(EXIT_DAMAGED) from None
-        except SpotSpeedError as error:
-            say(errors, str(error), word=f"[red]{type(error).__name__}:[/red]")
-            raise typer.Exit(EXIT_FAILED) from None
+        except BrokenPipeError:
+            raise  # Whoever reads has heard enough; typer ends the process.
+        except (SpotSpeedError, OSError) as error:
+            is_damage = isinstance(error, CorruptionError)
+            kind = type(error).__name__
+            say(errors, str(error), word=f"[red]{'damaged' if is_damage else kind}:[/red]")
+            if kwargs.get("as_json"):
+                print_json({"error": {"kind": kind, "message": str(error)}})
+            raise typer.Exit(EXIT_DAMAGED if is_damage else EXIT_FAILED) from None
 
     return run
 
@@ -102,16 +108,21 @@ def list_(path: Path, local: Local = None, as_json: Json = False) -> None:
         table.add_row(info.tag, str(info.step), str(info.epoch), info.reason,
                       str(info.world_size), size_text(info.size_bytes), _age(info),
                       "remote, node" if info.directory in near else "remote")  # fmt: skip
-    console.print(table if catalog.sealed else "no sealed checkpoint")
+    if catalog.sealed:
+        print_table(table)
+    else:
+        console.print("no sealed checkpoint")
     for info in catalog.off_lineage:
         say(console, f"off the lineage: {info.directory}")
+    lost = {damaged.directory for damaged in catalog.lost}
     for name in catalog.unsealed:
-        say(console, f"unfinished: {name}")
+        if name not in lost:
+            say(console, f"unfinished: {name}")
     sealed = {info.directory for info in (*catalog.sealed, *catalog.off_lineage)}
     for name, ranks in near.items():
         if name not in sealed:
             say(console, f"level node: {name}, ranks {', '.join(map(str, ranks))} on this node")
-    for damaged in catalog.damaged:
+    for damaged in (*catalog.lost, *catalog.damaged):
         say(errors, f"{damaged.directory}: {damaged.cause}", word="[red]damaged:[/red]")
 
 
@@ -137,10 +148,10 @@ def show(path: Path, tag: Tag = None, local: Local = None, as_json: Json = False
         say(console, f"{name:16} {value}")
     table = Table()
     for column in ("name", "kind", "scope", "dtype", "shape", "pieces"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in tensors:
         table.add_row(*(str(row[column]) for column in row))
-    console.print(table)
+    print_table(table)
 
 
 @app.command()
@@ -153,11 +164,16 @@ def verify(path: Path, tag: Tag = None, limit_mb: LimitMb = None, as_json: Json 
     tracer = Tracer(lambda traced: bar.advance(task, traced.call.wanted_bytes))
     storage = open_storage(path, tracer, *_limit(limit_mb))
     catalog = scan(storage)
-    chosen = [find(storage, tag)] if tag else [*catalog.sealed, *catalog.off_lineage]
+    found = [info for info in (*catalog.sealed, *catalog.off_lineage)
+             if tag is None or tag in (info.tag, info.directory)]  # fmt: skip
+    chosen = found if tag is None else found[:1]
     documents: list[dict[str, Any]] = []
     seen: Seen = {}
-    for damaged in () if tag else catalog.damaged:
-        documents.append({"directory": damaged.directory, "damages": [damaged.cause]})
+    for damaged in (*catalog.lost, *catalog.damaged):
+        if tag is None or damaged.is_called(tag):
+            documents.append({"directory": damaged.directory, "damages": [damaged.cause]})
+    if not chosen and not documents:
+        find(storage, tag)  # Raises, and says what there is instead.
     with bar:
         bar.reset(task, total=sum(info.size_bytes for info in chosen) + _object_bytes(chosen))
         for info in chosen:
@@ -171,8 +187,6 @@ def verify(path: Path, tag: Tag = None, limit_mb: LimitMb = None, as_json: Json 
         say(console, document["directory"], word=state)
         for damage in document["damages"]:
             say(console, f"  {damage}")
-    if not documents:
-        find(storage, tag)
     if not is_whole:
         raise typer.Exit(EXIT_DAMAGED)
 
@@ -258,6 +272,16 @@ def main() -> None:
 def say(where: Console, text: str, *, word: str = "") -> None:
     """One line, however long, and as it stands but for the markup of its first `word`."""
     where.print(f"{word} {escape(text)}" if word else escape(text), soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """A table as wide as the terminal, or, where there is none, as wide as what is in it."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    wide = Console(file=console.file, width=MAX_COLUMNS, highlight=False)
+    width = Measurement.get(wide, wide.options, table).maximum
+    wide.print(table, width=width, crop=False)
 
 
 def print_json(document: Any) -> None:

@@ -20,7 +20,6 @@ from spotspeed.checkpoint.catalog import find
 from spotspeed.checkpoint.compare import compare
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.safetensors import export_safetensors
-from spotspeed.errors import ConfigError
 from spotspeed.storage import open_storage
 
 Places = Annotated[list[str], typer.Argument(
@@ -31,10 +30,14 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a command has done: a line for people, and the same for programs."""
+    """What a command has done: a line for people, and the same for programs.
+
+    `rest` is what it goes on to do when that has been said.
+    """
 
     text: str
     document: dict[str, Any]
+    rest: Callable[[], None] | None = None
 
 
 class Target(StrEnum):
@@ -72,10 +75,12 @@ def answered(command: Callable[..., Answer]) -> Callable[..., None]:
         answer = command(*args, **kwargs)
         if as_json:
             _print_json(answer.document)
-            return
-        for note in answer.document.get("notes", ()):
+        for note in () if as_json else answer.document.get("notes", ()):
             sys.stderr.write(f"note: {note}\n")
-        sys.stdout.write(f"{answer.text}\n")
+        sys.stdout.write("" if as_json else f"{answer.text}\n")
+        if answer.rest is not None:
+            sys.stdout.flush()
+            answer.rest()
 
     signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False,
@@ -104,21 +109,18 @@ def export(
 ) -> Answer:
     """Write a checkpoint's state for another tool."""
     if not 2 <= len(places) <= 3:
-        raise ConfigError(f"PATH [TAG] OUT expected, given {' '.join(places)}")
+        raise typer.BadParameter(f"PATH [TAG] OUT expected, given {' '.join(places)}")
+    _check_options(target, dtype, ranks, stage, sub_group_size)
     storage, out = open_storage(places[0]), places[-1]
     info = find(storage, places[1] if len(places) > 2 else None)
     reader = CheckpointReader.open(storage, info.directory, digest=info.digest)
     if target is Target.SAFETENSORS:
-        _refuse(target, ("--ranks", ranks), ("--stage", stage),
-                ("--sub-group-size", sub_group_size))  # fmt: skip
         folder, name = _split(out)
         done = asdict(export_safetensors(
             reader, open_storage(folder), name, dtype=None if dtype is None else _DTYPES[dtype]
         ))  # fmt: skip
     else:
-        _refuse(target, ("--dtype", dtype))
-        if ranks is None:
-            raise ConfigError("--ranks is missing: DeepSpeed loads on the ranks it was saved for")
+        assert ranks is not None
         with _quiet_stdout():
             # Only here: it takes torch, which the other commands do without.
             from spotspeed.integrations.deepspeed_export import export_deepspeed, target_of
@@ -197,15 +199,26 @@ def _print_json(document: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
-def _refuse(target: Target, *options: tuple[str, object]) -> None:
-    given = [name for name, value in options if value is not None]
+def _check_options(
+    target: Target, dtype: Precision | None, ranks: int | None, stage: int | None,
+    sub_group_size: int | None,
+) -> None:  # fmt: skip
+    """Refuse what means nothing for this target, and what it lacks."""
+    options: dict[str, object] = {"--dtype": dtype}
+    if target is Target.SAFETENSORS:
+        options = {"--ranks": ranks, "--stage": stage, "--sub-group-size": sub_group_size}
+    elif ranks is None:
+        raise typer.BadParameter(
+            "--ranks is missing: DeepSpeed loads on the ranks it was saved for"
+        )
+    given = [name for name, value in options.items() if value is not None]
     if given:
-        raise ConfigError(f"{', '.join(given)} means nothing with --to {target.value}")
+        raise typer.BadParameter(f"{', '.join(given)} means nothing with --to {target.value}")
 
 
 def _split(out: str) -> tuple[str, str]:
     """The store and the key in it that stand for one file."""
     folder, _, name = out.rpartition("/")
     if not name or ("://" not in out and os.path.isdir(out)):
-        raise ConfigError(f"{out!r} names a directory: give the name of a file in it")
+        raise typer.BadParameter(f"{out!r} names a directory: give the name of a file in it")
     return folder or ("/" if out.startswith("/") else "."), name

@@ -13,7 +13,18 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from spotspeed.cli import Json, Path, app, console, errors, print_json, reported, size_text
+from spotspeed.cli import (
+    Json,
+    Path,
+    app,
+    console,
+    errors,
+    print_json,
+    print_table,
+    reported,
+    size_text,
+)
+from spotspeed.cli_exchange import Answer, answered
 from spotspeed.coordinator.notice.workplace import signal_deadline_s
 from spotspeed.core.relaunch import Policy
 from spotspeed.doctor import Diagnosis, diagnose
@@ -119,8 +130,6 @@ def notify_(
         raise typer.Exit(EXIT_NOT_DURABLE)
 
 
-@app.command()
-@reported
 def emulate(
     cloud: Annotated[Cloud, typer.Argument(help="Whose metadata service.")],
     after: Annotated[float, typer.Option(min=0, help="Seconds until the notice.")] = 60.0,
@@ -128,20 +137,29 @@ def emulate(
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
     machine: Annotated[str, typer.Option(help="The VM's name (azure).")] = "trainer-0",
-) -> None:
+) -> Answer:
     """Serve a cloud's metadata with an interruption notice, for rehearsals, until interrupted.
 
-    The first lines on stdout are the environment that leads a job there.
+    The first lines on stdout, or the document, are the environment that leads a job there.
     """
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    with MetadataService(cloud.value, host=host, port=port, machine=machine) as service:
-        for name, value in service.environ.items():
-            typer.echo(f"export {name}={value}")
-        if signal.sigtimedwait(signals, after) is None:
-            service.announce(left)
-            errors.print(f"{cloud.value}: the machine goes away in {left:g} s")
-            signal.sigwait(signals)
+    service = MetadataService(cloud.value, host=host, port=port, machine=machine)
+    environ = dict(service.environ)
+
+    def serve() -> None:
+        with service:
+            if signal.sigtimedwait(signals, after) is None:
+                service.announce(left)
+                errors.print(f"{cloud.value}: the machine goes away in {left:g} s")
+                signal.sigwait(signals)
+
+    lines = "\n".join(f"export {name}={value}" for name, value in environ.items())
+    document = {"cloud": cloud.value, "environ": environ, "after_s": after, "left_s": left}
+    return Answer(lines, document, serve)
+
+
+app.command()(reported(answered(emulate)))
 
 
 @app.command()
@@ -185,4 +203,4 @@ def _show(found: Diagnosis) -> None:
         decision = forecast.decision
         state = f"{decision.action.value}: {decision.reason}" if decision else "size not known"
         table.add_row(f"{forecast.notice_s:g} s", size_text(forecast.largest_bytes), state)
-    console.print(table)
+    print_table(table)

@@ -10,7 +10,7 @@ from typing import Any
 
 from spotspeed import events
 from spotspeed.checkpoint.agreement import Exchange, Verdict, all_or_none, raise_first, share, vote
-from spotspeed.checkpoint.catalog import CheckpointInfo, find, scan
+from spotspeed.checkpoint.catalog import CheckpointInfo, find, scan_mended
 from spotspeed.checkpoint.fill import fill
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.save import JOB_KEY, rank_key
@@ -153,8 +153,8 @@ class _Candidates:
                     f"the one that was saved; load another tag"
                 )
             return [found]
-        catalog = scan(self._storage)
-        for damaged in catalog.damaged:
+        catalog = scan_mended(self._storage)
+        for damaged in (*catalog.lost, *catalog.damaged):
             events.emit(events.FellBack(damaged.directory, damaged.cause))
             self._damaged.append(f"{damaged.directory}: {damaged.cause}")
         return catalog.sealed

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from spotspeed import events
-from spotspeed.checkpoint.catalog import find, list_sealed, scan
+from spotspeed.checkpoint.catalog import find, list_sealed, scan, scan_mended
 from spotspeed.checkpoint.ownership import record_restored_from, restored_key
 from spotspeed.core.manifest import Ticket
-from spotspeed.errors import ObjectNotFoundError
+from spotspeed.errors import CorruptionError, ObjectNotFoundError
 from spotspeed.storage.contract import Storage
 from spotspeed.storage.local import LocalStorage
 from spotspeed.storage.memory import MemoryStorage
@@ -160,6 +160,43 @@ def test_the_hint_is_never_trusted(storage: Storage, seal_small: Save) -> None:
     assert find(storage).step == 10
     storage.delete("latest.json")
     assert find(storage).step == 10
+
+
+def test_a_lost_manifest_is_made_again_for_a_restore(storage: Storage, seal_small: Save) -> None:
+    seal_small(storage, 1, 10)
+    newest = seal_small(storage, 1, 20)
+    (digest,) = [info.digest for info in list_sealed(storage) if info.step == 20]
+    storage.delete(newest.manifest_path)
+    assert scan(storage).lost[0].tag == "global_step20"
+    catalog = scan_mended(storage)
+    assert catalog.lost == () and catalog.sealed[0].digest == digest
+
+
+def test_a_lost_manifest_that_cannot_be_made_again_is_told(
+    storage: Storage, seal_small: Save, heard: list[events.Event]
+) -> None:
+    seal_small(storage, 1, 10)
+    newest = seal_small(storage, 1, 20)
+    storage.delete(newest.manifest_path)
+    storage.delete(newest.receipt_path(0))
+    assert [info.step for info in scan_mended(storage).sealed] == [10]
+    assert find(storage).step == 10
+    assert [event.directory for event in heard if isinstance(event, events.FellBack)] == [
+        newest.directory
+    ]
+    for name in (newest.directory, newest.tag):
+        with pytest.raises(CorruptionError, match=r"manifest\.json is gone"):
+            find(storage, name)
+
+
+def test_a_lost_manifest_of_an_abandoned_future_is_not_missed(
+    storage: Storage, seal_small: Save
+) -> None:
+    origin = seal_small(storage, 1, 10)
+    storage.delete(seal_small(storage, 1, 20).manifest_path)
+    assert len(scan(storage).lost) == 1
+    record_restored_from(storage, 2, origin.directory)
+    assert scan(storage).lost == ()
 
 
 def test_an_unknown_tag_names_those_that_are_there(storage: Storage, seal_small: Save) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
-from spotspeed import cli
+from spotspeed import cli, cli_job
+from spotspeed.checkpoint.commit import roll_forward
+from spotspeed.core.layout import TensorKey
 from spotspeed.core.manifest import Ticket
 from spotspeed.storage.local import LocalStorage
 from spotspeed.storage.throttle import Throttle
+from tests.unit.checkpoint.conftest import write_checkpoint
 
 Save = Callable[..., Ticket]
 
@@ -28,6 +33,9 @@ def storage(tmp_path: Path, seal_small: Save) -> LocalStorage:
     for step in (10, 20, 30):
         seal_small(storage, 1, step)
     return storage
+
+
+assert cli_job.app is cli.app, "it has registered its verbs"
 
 
 def call(*words: str) -> Result:
@@ -80,6 +88,7 @@ def test_a_file_damaged_by_hand_is_named_whichever_it_is(storage: LocalStorage) 
         for damaged in (flipped, content[:-1], content + b"x", b"", None):
             file.unlink() if damaged is None else file.write_bytes(damaged)
             if damaged is None and name.endswith("manifest.json"):
+                # Nothing tells it from a save that was never sealed, unless `latest` does.
                 assert len(document("verify", storage.url)["checkpoints"]) == 2
                 assert document("list", storage.url)["unsealed"] == [name.split("/")[0]]
             else:
@@ -89,6 +98,75 @@ def test_a_file_damaged_by_hand_is_named_whichever_it_is(storage: LocalStorage) 
                 assert call("verify", storage.url).exit_code == 1
             file.write_bytes(content)
     assert document("verify", storage.url)["is_whole"]
+
+
+def test_a_damaged_manifest_is_named_by_directory_and_by_tag(storage: LocalStorage) -> None:
+    directory = "step-000000000020.e000001.a"
+    file = Path(storage.url) / directory / "manifest.json"
+    file.write_bytes(file.read_bytes().replace(b"global_step20", b"global_step21"))
+    for name in (directory, "global_step20"):
+        found = document("verify", storage.url, name, code=1)
+        assert not found["is_whole"]
+        (damage,) = [text for one in found["checkpoints"] for text in one["damages"]]
+        assert str(file) in damage
+        export = ["export", storage.url, name, "x.safetensors", "--to", "safetensors"]
+        for words in (["show", storage.url, name], export):
+            error = document(*words, code=1)["error"]
+            assert str(file) in error["message"]
+    found = document("verify", storage.url, "global_step10")
+    assert found["is_whole"] and len(found["checkpoints"]) == 1
+
+
+def test_a_manifest_that_is_gone_is_damage_where_latest_knows_of_it(storage: LocalStorage) -> None:
+    directory = "step-000000000030.e000001.a"
+    (Path(storage.url) / directory / "manifest.json").unlink()
+    for words in ((), (directory,), ("global_step30",)):
+        found = document("verify", storage.url, *words, code=1)
+        damages = {one["directory"]: one["damages"] for one in found["checkpoints"]}
+        assert "manifest.json is gone" in damages.pop(directory)[0] and not any(damages.values())
+    found = document("list", storage.url)
+    assert [one["directory"] for one in found["lost"]] == [directory] == found["unsealed"]
+    result = call("list", storage.url)
+    assert "manifest.json is gone" in result.stderr and "unfinished" not in result.stdout
+    assert roll_forward(storage).sealed
+    assert document("verify", storage.url)["is_whole"]
+
+
+def test_a_directory_that_somebody_removed_is_not_missed(storage: LocalStorage) -> None:
+    storage.delete_prefix("step-000000000030.e000001.a")
+    assert len(document("verify", storage.url)["checkpoints"]) == 2
+
+
+def test_no_name_is_cut_where_nobody_looks_at_a_terminal(tmp_path: Path) -> None:
+    """What goes through a pipe is searched by programs."""
+    name = f"model.{'layers.' * 30}weight"
+    write_checkpoint(tmp_path, {TensorKey("fp32", name): ("float32", np.zeros(3, np.float32))}, 1)
+    assert name in call("show", str(tmp_path)).stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--to", "safetensors"], ["x", "--to", "deepspeed"], ["x", "--to", "safetensors", "--ranks",
+     "2"], ["x", "--to", "deepspeed", "--ranks", "2", "--dtype", "bf16"], [".", "--to",
+     "safetensors"]],
+)  # fmt: skip
+def test_a_command_line_that_makes_no_sense_is_code_2(
+    storage: LocalStorage, words: list[str]
+) -> None:
+    assert call("export", storage.url, *words).exit_code == 2
+
+
+def test_what_the_system_refuses_is_one_line(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/the/run")
+
+    monkeypatch.setattr(cli, "scan", refuse)
+    result = call("verify", storage.url)
+    assert result.exit_code == 3 and result.output.count("\n") == 1
+    assert "PermissionError: [Errno 13] Permission denied: '/the/run'" in result.output
+    assert document("list", storage.url, code=3)["error"]["kind"] == "PermissionError"
 
 
 def test_the_bar_is_for_terminals_only(
@@ -131,4 +209,18 @@ def test_what_is_not_there_is_one_line_and_code_3(tmp_path: Path) -> None:
     for words in (["show"], ["verify"]):
         result = call(*words, str(tmp_path / "nothing"))
         assert result.exit_code == 3 and "there is no sealed checkpoint" in result.output
+        error = document(*words, str(tmp_path / "nothing"), code=3)["error"]
+        assert error["kind"] == "ObjectNotFoundError"
     assert call("list", str(tmp_path / "nothing")).exit_code == 0
+
+
+def test_an_emulated_cloud_says_where_it_is_in_either_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda *_: None)
+    monkeypatch.setattr(signal, "sigtimedwait", lambda *_: signal.SIGTERM)
+    found = document("emulate", "gce", "--after", "5")
+    assert (found["cloud"], found["after_s"], found["left_s"]) == ("gce", 5.0, 120.0)
+    (address,) = found["environ"].values()
+    assert address.startswith("127.0.0.1:")
+    assert call("emulate", "gce").stdout.startswith("export GCE_METADATA_HOST=127.0.0.1:")
