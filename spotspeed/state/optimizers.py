@@ -7,7 +7,7 @@ Python ints; their lazily initialised state is all there or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from spotspeed.errors import CaptureError, InvalidLayoutError, UnsupportedLayoutError
+from spotspeed.state.partition import Slot
 from spotspeed.state.piece import flat_elements
 
 OFFLOAD_SUFFIX = "_offload_buffer"
@@ -139,9 +140,21 @@ def state_dtype(master: torch.Tensor, optimizer: Any) -> torch.dtype:
     return torch.float32 if is_fp32 else master.dtype
 
 
-def empty_like(master: torch.Tensor, optimizer: Any) -> torch.Tensor:
-    """A zeroed elementwise state tensor, as the optimizer would make it in its first step."""
-    return torch.zeros_like(master.detach(), dtype=state_dtype(master, optimizer))
+def empty_like(master: torch.Tensor, optimizer: Any, slots: Iterable[Slot]) -> torch.Tensor:
+    """Elementwise state as the optimizer would make it in its first step, but for its contents.
+
+    Zero is only what lies in none of `slots`, which are to be filled: to touch all of it once more
+    takes about as long as to read it.
+    """
+    made = torch.empty_like(master.detach(), dtype=state_dtype(master, optimizer))
+    if not made.is_contiguous():
+        return made.zero_()
+    flat, end = made.view(-1), 0
+    for slot in sorted(slots, key=lambda slot: slot.offset):
+        flat[end : slot.offset].zero_()
+        end = max(end, slot.offset + slot.interval.count)
+    flat[end:].zero_()
+    return made
 
 
 def store_scalar(

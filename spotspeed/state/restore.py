@@ -121,7 +121,7 @@ class Restore:
                 device = partition.master.device
                 state[kind] = torch.zeros(own.count, dtype=own.dtype, device=device)
             elif state.get(kind) is None:
-                state[kind] = empty_like(partition.master, optimizer)
+                state[kind] = empty_like(partition.master, optimizer, partition.slots)
             for slot in partition.slots if own is None else own.needed:
                 if kind in kinds.get(slot.name, ()):
                     self._add(kind, slot, state[kind])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from spotspeed.core.interval import Interval
 from spotspeed.errors import CaptureError, InvalidLayoutError, UnsupportedLayoutError
 from spotspeed.state.optimizers import (
     Rule,
@@ -16,6 +17,7 @@ from spotspeed.state.optimizers import (
     split_state,
     store_scalar,
 )
+from spotspeed.state.partition import Slot
 
 SETUPS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.Adam, {}),
@@ -68,7 +70,7 @@ def test_state_made_for_a_fresh_optimizer_continues_like_its_own(
     other = kind([twin], **options)
     state = other.state[twin]
     for key, tensor in values.items():
-        state[key] = empty_like(twin, other)
+        state[key] = empty_like(twin, other, ())
         state[key].copy_(tensor)
     for key, number in numbers.items():
         store_scalar(state, key, number.clone(), rule, ScalarTarget.of(twin, other.param_groups[0]))
@@ -79,6 +81,21 @@ def test_state_made_for_a_fresh_optimizer_continues_like_its_own(
         tensor.grad = torch.full((5,), 0.5)
         stepper.step()
     assert torch.equal(parameter, twin)
+
+
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_what_no_parameter_fills_of_new_state_is_zero(
+    is_contiguous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dirty(like: torch.Tensor, **options: Any) -> torch.Tensor:
+        return torch.full_like(like, 7.0, **options)
+
+    monkeypatch.setattr(torch, "empty_like", dirty)
+    master = torch.zeros(12) if is_contiguous else torch.zeros(3, 4).t()
+    slots = [Slot("b", (3,), Interval(0, 3), 6), Slot("a", (9,), Interval(2, 6), 1)]
+    made = empty_like(master, torch.optim.Adam([torch.nn.Parameter(master)]), slots)
+    expected = [0, 7, 7, 7, 7, 0, 7, 7, 7, 0, 0, 0] if is_contiguous else [0] * 12
+    assert made.flatten().tolist() == expected
 
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.ASGD])
