@@ -143,13 +143,16 @@ def import_(
     scheduler: Annotated[
         str | None, typer.Option(help="Class of the learning-rate scheduler, if not configured.")
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Even where the path holds a run: begin it anew.")
+    ] = False,
 ) -> Answer:
     """Bring a checkpoint that DeepSpeed saved (ZeRO 1, 2 or 3) to PATH; runs no code of it."""
     with _quiet_stdout():
         from spotspeed.integrations.deepspeed_import import import_deepspeed
 
         done = import_deepspeed(
-            pathlib.Path(source), open_storage(to), tag=tag, scheduler=scheduler
+            pathlib.Path(source), open_storage(to), tag=tag, scheduler=scheduler, replaces=replace
         )
     ticket = done.manifest.ticket
     document = {

@@ -54,14 +54,16 @@ class Imported:
 
 
 def import_deepspeed(
-    source: Path, storage: Storage, *, tag: str | None = None, scheduler: str | None = None
-) -> Imported:
+    source: Path, storage: Storage, *, tag: str | None = None, scheduler: str | None = None,
+    replaces: bool = False,
+) -> Imported:  # fmt: skip
     """Store the checkpoint in `source` at the path of `storage`; sealed on return.
 
     `tag` is DeepSpeed's, by default the one in "latest". `scheduler` names the class of the
-    learning-rate schedule where the configuration did not make it. Masters, optimizer state,
-    weights and buffers keep every bit; tensors are mapped, not read into memory. Raises
-    FormatError, naming file and type, for what cannot be read without running code.
+    learning-rate schedule where the configuration did not make it; `replaces` is `write_whole`'s.
+    Masters, optimizer state, weights and buffers keep every bit; tensors are mapped, not read into
+    memory. Raises FormatError, naming file and type, for what cannot be read without running code,
+    ConfigError where the path holds a run.
     """
     directory = open_directory(source, tag)
     state = _State(directory, scheduler)
@@ -77,7 +79,8 @@ def import_deepspeed(
             f"{directory.folder}: not laid out as DeepSpeed does: {type(error).__name__}: {error}"
         ) from error
     tensors += [blob(JOB_KEY, job), blob(rank_key(0), rank)]
-    manifest = write_whole(storage, tensors, tag=directory.tag, step=state.step)
+    manifest = write_whole(storage, tensors, tag=directory.tag, step=state.step,
+                           replaces=replaces)  # fmt: skip
     return Imported(manifest, tuple(state.notes))
 
 
