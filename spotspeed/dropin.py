@@ -30,6 +30,7 @@ from spotspeed.checkpoint.marker import (
 )
 from spotspeed.checkpoint.named import NamedSave, encode_client_state
 from spotspeed.checkpoint.rotation import watch
+from spotspeed.checkpoint.same import keep_one
 from spotspeed.checkpoint.session import absolute
 from spotspeed.core.manifest import Manifest
 from spotspeed.errors import ConfigError, CoordinationError, ObjectNotFoundError, SpotSpeedError
@@ -86,14 +87,16 @@ def begin(checkpointer: Checkpointer, request: Request) -> SaveHandle:
     """Begin a save that all ranks agree on; its handle resolves when the markers are durable."""
     agreed, client_state = _agree(checkpointer, request)
     folder, tag = agreed["folder"], agreed["tag"]
-    named = NamedSave(usable_name(tag), attempt_prefix(folder or "", tag), client_state,
-                      request.excludes_frozen)  # fmt: skip
-    if folder is None or checkpointer.rank != 0:
+    prefix = attempt_prefix(folder or "", tag)
+    named = NamedSave(usable_name(tag), prefix, client_state, request.excludes_frozen)
+    if checkpointer.rank != 0:
         return checkpointer.save_named(named)
     serial = next(_serials)
 
     def finish(manifest: Manifest) -> Manifest:
         with _marking:
+            if folder is None:
+                return keep_one(checkpointer.storage, manifest, prefix)
             if _is_newest((folder, tag), serial):
                 is_latest = request.is_latest and _is_newest((folder, None), serial)
                 mark(checkpointer.storage, manifest, folder, tag, is_latest=is_latest)

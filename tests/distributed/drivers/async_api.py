@@ -45,6 +45,10 @@ def check_without_a_block_the_path_is_the_catalogue() -> None:
             done = handle.progress()
             assert done.total_bytes == done.staged_bytes == done.stored_bytes == done.sealed_bytes
             assert done.total_bytes > 0
+        again = [spotspeed.save(engine, path, "twice") for _ in range(2)]
+        spotspeed.save(engine, path, "twice", {"n": 3})
+        twice = [found for found in spotspeed.list_checkpoints(path) if found.tag == "twice"]
+        assert len(twice) == 2 and twice[1] == again[1], "one for each content"
         assert spotspeed.load(engine, path).step == 4
         other = make(stage, seed=2)
         restored = spotspeed.load(other, path, "mine")
@@ -53,7 +57,7 @@ def check_without_a_block_the_path_is_the_catalogue() -> None:
         assert signal.getsignal(signal.SIGTERM) is handler, "the process's signals are its own"
         engine.destroy()
         other.destroy()
-        assert len(list(path.glob("step-*"))) == 3, "nothing that was not asked for"
+        assert len(list(path.glob("step-*"))) == 5, "nothing that was not asked for"
 
 
 def check_a_loop_may_write_to_the_state_after_a_step_that_is_not_lazy() -> None:
