@@ -34,7 +34,7 @@ FLOORS = {
 }  # fmt: skip
 ROOM_OF = {
     "__main__": "cli", "cli_certify": "cli", "cli_exchange": "cli", "cli_job": "cli",
-    "launch": "run",
+    "launch": "run", "mainprogram": "exit",
     "interruption": "checkpointer", "attachment": "checkpointer", "children": "run",
     "rehearsal": "exit", "rehearsing": "checkpointer", "supervised": "exit",
     "doctor": "report", "api": "checkpointer", "dropin": "checkpointer",
