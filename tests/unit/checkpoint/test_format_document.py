@@ -21,8 +21,10 @@ from spotspeed.storage.local import LocalStorage
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "fixtures" / "golden-v1"
+GOLDEN_1_1 = ROOT / "tests" / "fixtures" / "golden-v1.1"
 GOLDEN_2 = ROOT / "tests" / "fixtures" / "golden-v2"
 GOLDEN_DIGEST = "67af8f68198b809f2d24f2aa12f0b1d4d7af9dc7f0d99c3d1653a4aa0f97cfc6"
+GOLDEN_1_1_DIGEST = "3ccbdac190c4a7be7d036b47f781ce8929f4c2cc5b26b2d4da73fdc892407e06"
 GOLDEN_2_DIGEST = "387e65e34a02ed53de8e3e68355d972eeb732e9d466521ed90f8d86e40925613"
 NUMPY = {"float32": "<f4", "bfloat16": "<u2", "int64": "<i8", "uint8": "u1", "bool": "?"}
 
@@ -169,6 +171,53 @@ def read_checkpoint(path):
     return tensors
 
 
+def read_plain(data):
+    """Plain data: what a reader of blobs needs of its extensions."""
+
+    def unpack(payload):
+        return msgpack.unpackb(payload, ext_hook=extension, strict_map_key=False)
+
+    def extension(code, payload):
+        if code == 13:
+            dtype, shape, content = unpack(payload)
+            return ("tensor", dtype, tuple(shape), content)
+        if code == 12:
+            dtype, shape, content = unpack(payload)
+            return np.frombuffer(content, dtype).reshape(shape)
+        items = unpack(payload)
+        if code in (6, 7, 8):
+            return dict(zip(items[::2], items[1::2], strict=True))
+        return {3: tuple, 4: set, 5: frozenset}[code](items)
+
+    return unpack(data)
+
+
+def read_record(path):
+    """A record of a launch, whose SHA-256 is that of the rest of it."""
+    record = json.loads(path.read_text())
+    digest = record.pop("sha256")
+    assert sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()) == digest
+    return record
+
+
+def read_lineage(path):
+    """{epoch: highest step on the lineage, None without a limit}."""
+    records = {int(file.name[:6]): file for file in (path / "epochs").glob("*.json")}
+    epoch, limit, lineage = max(records), None, {}
+    while epoch >= 1:
+        lineage[epoch] = limit
+        file = path / "epochs" / f"{epoch:06d}.restored.json"
+        if not file.exists():
+            epoch -= 1
+            continue
+        origin = read_record(file)["restored_from"]
+        if origin is None:
+            break
+        step, epoch = (int(number) for number in re.match(r"step-(\d+)\.e(\d+)", origin).groups())
+        limit = step if limit is None else min(limit, step)
+    return lineage
+
+
 # The end of the independent reader.
 
 
@@ -198,20 +247,54 @@ def test_a_reader_made_from_the_document_reads_every_checkpoint(
     assert_same(read_checkpoint(written.root), written.tensors)
 
 
-@pytest.mark.parametrize("golden", [GOLDEN, GOLDEN_2], ids=["1.0", "2.0"])
+def held_by(golden):
+    maker = golden_maker()
+    return maker.tensors_1_1() if golden == GOLDEN_1_1 else maker.tensors()
+
+
+@pytest.mark.parametrize("golden", [GOLDEN, GOLDEN_1_1, GOLDEN_2], ids=["1.0", "1.1", "2.0"])
 def test_a_reader_made_from_the_document_reads_the_golden_checkpoint(golden):
-    assert_same(read_checkpoint(golden), golden_maker().tensors())
+    assert_same(read_checkpoint(golden), held_by(golden))
+
+
+def test_a_reader_made_from_the_document_reads_blobs_and_records_of_launches():
+    maker, tensors = golden_maker(), read_checkpoint(GOLDEN_1_1)
+    job = read_plain(tensors["blob", "job", ""][1].tobytes())
+    client = job.pop("client_state")
+    assert client == {"name": "naïve", "ema": ("tensor", "float16", (2,), bytes(4)), 3: {1}}
+    assert job == {key: value for key, value in maker.JOB.items() if key != "client_state"}
+    rank = read_plain(tensors["blob", "rank", "rank-1"][1].tobytes())
+    assert rank["rank"] == 1 and rank["rng"]["python"] == (3, (1, 2, 3), None)
+    assert rank["rng"]["torch"].tolist() == [0, 1, 2, 3, 4]
+    assert tensors["weight", "layers.0.bias", "elements-3-5"][1].tolist() == [0x3C01, 0x3C02]
+    assert read_lineage(GOLDEN_1_1) == {3: None, 2: 1000}
+    owner = read_record(GOLDEN_1_1 / "owner.json")
+    assert (owner["epoch"], owner["state"], owner["identity"]["host"]) == (
+        3, "released", "trainer-0",
+    )  # fmt: skip
+    latest = json.loads((GOLDEN_1_1 / "latest.json").read_text())
+    assert latest["digest"] == GOLDEN_1_1_DIGEST
+
+
+def test_what_a_run_writes_today_is_still_written_byte_for_byte(tmp_path):
+    """But for the compressed shard, whose bytes are the compressor's."""
+    golden_maker().write_1_1(tmp_path)
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        if not path.name.startswith(("rank-00001", "manifest", "latest")):
+            assert path.read_bytes() == (GOLDEN_1_1 / path.relative_to(tmp_path)).read_bytes()
 
 
 @pytest.mark.parametrize(
-    "golden,digest", [(GOLDEN, GOLDEN_DIGEST), (GOLDEN_2, GOLDEN_2_DIGEST)], ids=["1.0", "2.0"]
+    "golden,digest",
+    [(GOLDEN, GOLDEN_DIGEST), (GOLDEN_1_1, GOLDEN_1_1_DIGEST), (GOLDEN_2, GOLDEN_2_DIGEST)],
+    ids=["1.0", "1.1", "2.0"],
 )
 def test_the_golden_checkpoint_stays_readable(golden, digest):
     opened = open_checkpoint(str(golden))
     assert opened.manifest.digest == digest
     assert opened.reader.verify().is_whole
     codecs = set()
-    for key, (dtype, array) in golden_maker().tensors().items():
+    for key, (dtype, array) in held_by(golden).items():
         stored = opened.reader.tensors()[key]
         assert (stored.dtype, stored.shape) == (dtype, array.shape)
         found = opened.reader.read_tensor(key)
