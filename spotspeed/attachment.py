@@ -14,10 +14,10 @@ from spotspeed.coordinator.notice.workplace import path_hint, settle
 from spotspeed.errors import ConfigError, SpotSpeedError
 from spotspeed.exit import watch_refusals
 from spotspeed.rehearsal import VARIABLE, rehearsal_here
-from spotspeed.rehearsing import redirected, rehearse
+from spotspeed.rehearsing import Rehearsing, redirected, rehearse
 from spotspeed.state import boundary
 from spotspeed.state.engine import Engine, require_block
-from spotspeed.state.late import Stateful
+from spotspeed.state.late import Stateful, source_of
 
 _tied: Counter[str] = Counter()
 """How many engines of this process were attached by nobody in particular, by path."""
@@ -40,13 +40,28 @@ def attach(
     on another number of ranks all get rank 0's. Where a notice left no time for a step to end,
     `restore` takes the newest checkpoint that has its state.
 
+    An engine that has a checkpointer keeps it: under `spotspeed.run` the one that it was given when
+    it was built, which takes `loader` and `state` over.
+
     Raises ConfigError for a block that is missing or wrong, UnsupportedLayoutError for a layout
     that spotspeed does not know, and OwnedError when another living job has the path; the same on
     every rank.
     """
     watch_refusals()
     block = require_block(engine, path_hint=path_hint(os.environ))
+    known = attached_to(engine)
+    if known is not None:
+        return _take_over(known, loader, state or {})
     return _tie(engine, block, loader, state=state)
+
+
+def attached_to(engine: Engine) -> Checkpointer | None:
+    """The checkpointer that the engine has."""
+    binding = boundary.binding_of(engine)
+    hooks = None if binding is None else binding.hooks
+    if isinstance(hooks, Rehearsing):
+        return hooks.inner
+    return hooks if isinstance(hooks, Checkpointer) else None
 
 
 def attach_next(engine: Engine) -> Checkpointer:
@@ -64,6 +79,16 @@ def attach_next(engine: Engine) -> Checkpointer:
     checkpointer = _tie(engine, config)
     _tied[path] = number
     return checkpointer
+
+
+def _take_over(known: Checkpointer, loader: Any, state: Mapping[str, Stateful]) -> Checkpointer:
+    """Give `known` what a second `attach` brings; ConfigError where it has another already."""
+    if loader is not None and known.loader not in (None, loader):
+        raise ConfigError("this engine is attached already, with another loader: attach it once")
+    known.loader = known.loader if loader is None else loader
+    for name, value in state.items():
+        known.add_late(name, source_of(name, value))
+    return known
 
 
 def _tie(engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,

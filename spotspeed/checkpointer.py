@@ -30,7 +30,6 @@ from spotspeed.state.loader import engine_batches
 from spotspeed.state.provider import provider_for
 from spotspeed.state.small import SmallState
 from spotspeed.storage.contract import Storage
-from spotspeed.supervised import tell
 
 CLOSE_TIMEOUT_S = 1800.0
 """Longest time that close() waits for the other ranks and for the last bytes."""
@@ -57,6 +56,7 @@ class Checkpointer:
         self.hurry = self._small.late.hurry
         self._restored: Restored | None = None
         self._has_restored = self._is_started = self._is_closed = False
+        self.is_prepared = False  # Attached and restored before the script asked for it.
         self._lost = ""  # Why there is no state to train or save, if so.
         self.is_implicit, self._save_began = is_implicit, time.monotonic()
         self._cuts = Interruption(self, config, self.rank)
@@ -74,20 +74,21 @@ class Checkpointer:
         self._binding.watches_forward = True
         self._small.record()
         self._session.stager.reserve(share_bytes(self._provider, self._small, engine.global_steps))
-        self._session.announce(self.world_size, self._provider.name)
-        tell(attached=self.rank, epoch=self._session.epoch, path=self.storage.url)
+        self._cuts.announce(self.world_size, self._provider.name)
 
     # What users call.
 
     def restore(self, tag: str | None = None) -> Restored | None:
         """Fill the engine from the newest durable checkpoint, whatever number of ranks wrote it.
 
-        Returns None on a fresh start. Every rank returns the same or raises the same: an older
-        checkpoint is taken when the newest does not verify on some rank (CorruptionError when
-        none does); ReshardError when it is of another model.
+        None on a fresh start; every rank returns or raises the same: an older one is taken when
+        the newest does not verify (CorruptionError when none does); ReshardError: another model.
         """
-        if self._is_started:
+        if self._is_started and (self._binding.forwards or not self.is_prepared):
             raise ConfigError("restore() must come before the first step")
+        if self._is_started:  # `spotspeed.run` has restored it, but for what came with `attach`.
+            is_done = tag is None and not self._small.late
+            return self._restored if is_done else self.load(self.origin, self.seat, tag)
         try:
             restored = restore_agreed(self.origin, self.seat, tag=tag)
         except LeavingError:
@@ -108,9 +109,9 @@ class Checkpointer:
         """Micro-batches of the loader given to `attach`, from where the training stands.
 
         Every sample of an epoch comes exactly once, across any sequence of interruptions and
-        numbers of ranks: the order is that of one global stream, shuffled as the loader is, and
-        `epochs` counts from its beginning (None: without end). Workers survive the notice signals.
-        Raises ConfigError when the loader's order cannot be continued, saying why.
+        numbers of ranks: the order is that of one global stream, shuffled as the loader is, from
+        whose beginning `epochs` counts (None: without end). Workers survive the notice signals.
+        Raises ConfigError when the loader's order cannot be continued.
         """
         if self.loader is None:
             raise ConfigError("batches() needs the loader: spotspeed.attach(engine, loader=loader)")

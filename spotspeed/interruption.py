@@ -24,6 +24,7 @@ from spotspeed.errors import CoordinationError, StorageError
 from spotspeed.exit import EXIT_NOT_DURABLE, LOSS_ERRORS, ExitWatch
 from spotspeed.planning import Planner, launcher_grace_s
 from spotspeed.staging.staged import StagingFacts
+from spotspeed.supervised import tell
 
 RETRY_PAUSE_S = 0.5
 """Between two attempts of this rank to save the last step."""
@@ -81,6 +82,13 @@ class Interruption:
         """From here on there is something to save."""
         self._session, self._exit = session, exit_watch
         self.planner.begin(session.storage.url)
+
+    def announce(self, world_size: int, provider: str) -> None:
+        """Tell whoever listens that this rank is protected from here on."""
+        assert self._session is not None
+        url, epoch = self._session.storage.url, self._session.epoch
+        events.emit(events.Attached(url, epoch, self._rank, world_size, provider))
+        tell(attached=self._rank, epoch=epoch, path=url)
 
     def follow(self, handle: SaveHandle) -> None:
         """A save has been asked for: learn what it takes, and collect what it makes old."""

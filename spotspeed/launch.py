@@ -55,6 +55,7 @@ def _attach_new(engine: Any) -> None:
         return _leave_to_deepspeed(str(error))
     if not _is_built_by_framework():
         checkpointer.restore()
+        checkpointer.is_prepared = True
 
 
 def _leave_to_deepspeed(why: str) -> None:

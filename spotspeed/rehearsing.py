@@ -31,7 +31,7 @@ class Rehearsing:
     def __init__(
         self, checkpointer: Checkpointer, binding: boundary.Binding, rehearsal: Rehearsal
     ) -> None:
-        self._inner, self._binding = checkpointer, binding
+        self.inner, self._binding = checkpointer, binding
         self._left = rehearsal.steps
         self._losses: list[str] = []
         self._micro_step = 0
@@ -42,10 +42,10 @@ class Rehearsing:
         engine.backward = self._recording(engine.backward)
 
     def before_update(self, engine: Any) -> None:
-        self._inner.before_update(engine)
+        self.inner.before_update(engine)
 
     def after_update(self, engine: Any) -> None:
-        self._inner.after_update(engine)
+        self.inner.after_update(engine)
         self._left -= 1
         self._micro_step = 0
         if not self._left:
@@ -55,22 +55,22 @@ class Rehearsing:
     def before_forward(self, engine: Any) -> None:
         if self._left <= 0:
             self._end()
-        self._inner.before_forward(engine)
+        self.inner.before_forward(engine)
 
     def on_save(self, engine: Any, arguments: Mapping[str, Any]) -> Any:
-        return self._inner.on_save(engine, arguments)
+        return self.inner.on_save(engine, arguments)
 
     def on_load(self, engine: Any, arguments: Mapping[str, Any], original: boundary.Loader) -> Any:
-        return self._inner.on_load(engine, arguments, original)
+        return self.inner.on_load(engine, arguments, original)
 
     def on_destroy(self, engine: Any) -> None:
-        self._inner.on_destroy(engine)
+        self.inner.on_destroy(engine)
 
     def _recording(self, backward: Callable[..., Any]) -> Callable[..., Any]:
         """`engine.backward`, which notes all bits of the loss that it is given."""
 
         def record(loss: Any, *args: Any, **kwargs: Any) -> Any:
-            step = int(self._inner.engine.global_steps) + 1
+            step = int(self.inner.engine.global_steps) + 1
             bits = struct.pack("<d", float(loss.detach())).hex()
             self._losses.append(f"{step} {self._micro_step} {bits}\n")
             self._micro_step += 1
@@ -80,8 +80,8 @@ class Rehearsing:
 
     def _end(self) -> NoReturn:
         """Save, make it durable, leave the losses, and end the script on all ranks."""
-        self._inner.save(TAG).wait()
-        self._inner.close()
+        self.inner.save(TAG).wait()
+        self.inner.close()
         self._file.write_text("".join(self._losses))
         raise SystemExit(0)
 

@@ -95,11 +95,6 @@ class Session:
         exchange = self.coordinator.exchange
         return Seat(self.rank, world_size, exchange, provider, small, near=self.near)
 
-    def announce(self, world_size: int, provider: str) -> None:
-        """Tell whoever listens that this rank is protected from here on."""
-        url = self.storage.url
-        events.emit(events.Attached(url, self.epoch, self.rank, world_size, provider))
-
     def collect(self, sealed: Future[Manifest]) -> None:
         """A save has ended; when it is durable, older ones may go.
 

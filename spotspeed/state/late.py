@@ -74,7 +74,7 @@ class LateState:
         self._changed = threading.Condition()
         self._gives_up_at: float | None = None
         for name, value in (objects or {}).items():
-            self.add(name, _source(name, value))
+            self.add(name, source_of(name, value))
 
     def __bool__(self) -> bool:
         """Whether there is anything to record."""
@@ -207,7 +207,8 @@ def frozen(value: Any, *, what: str) -> Frozen:
     return lambda: data
 
 
-def _source(name: str, value: Any) -> Source:
+def source_of(name: str, value: Any) -> Source:
+    """How an object of the script's is recorded; ConfigError when it lacks the methods."""
     if not all(callable(getattr(value, method, None))
                for method in ("state_dict", "load_state_dict")):  # fmt: skip
         raise ConfigError(

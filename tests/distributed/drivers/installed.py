@@ -11,6 +11,39 @@ from pathlib import Path
 MODE, FOLDER = sys.argv[1], Path(sys.argv[2])
 
 
+def three_lines(expected):
+    """A script of the README's under `spotspeed.run`: attached and restored once, not twice."""
+    import torch
+    from engines import make, raises, train
+
+    import spotspeed
+    from spotspeed.errors import ConfigError
+
+    class Sampler:
+        seen = 0
+
+        def state_dict(self):
+            return {"seen": self.seen}
+
+        def load_state_dict(self, state):
+            self.seen = state["seen"]
+
+    engine, state = make(1, FOLDER / "three", attached=False), Sampler()
+    loader = torch.utils.data.DataLoader(list(range(8)))
+    checkpointer = spotspeed.attach(engine, loader=loader, state={"sampler": state})
+    assert spotspeed.attach(engine) is checkpointer and checkpointer.loader is loader
+    raises(ConfigError, lambda: spotspeed.attach(engine, loader=list(loader)))
+    restored = checkpointer.restore()
+    found = (0, 0) if restored is None else (restored.step, state.seen)
+    assert found == expected, found
+    for _ in range(2):
+        train(engine, 1)
+        state.seen += 10
+    raises(ConfigError, checkpointer.restore)
+    checkpointer.close()
+    engine.destroy()
+
+
 def script(steps):
     """Two models with one config, and one with an optimizer that spotspeed does not know."""
     import torch
@@ -45,6 +78,7 @@ def run(steps, expected):
 
     warnings = Warnings()
     logging.getLogger("spotspeed").addHandler(warnings)
+    three_lines((0, 0) if expected == [0, 0] else (2, 20))
     began = script(steps)
     assert began == expected, began
     said = [text for text in warnings.texts if "not protected by spotspeed" in text]
