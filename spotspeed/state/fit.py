@@ -7,7 +7,7 @@ model. So all ranks refuse together.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +58,13 @@ def optimizer_kinds(stored: Stored) -> dict[str, frozenset[str]]:
 
 
 def check_parameters(
-    stored: Stored, trainable: Shapes, frozen: Shapes, *, is_strict: bool = True
-) -> None:
+    stored: Stored, trainable: Shapes, frozen: Shapes, *,
+    either: Collection[str] = (), is_strict: bool = True,
+) -> None:  # fmt: skip
     """Raise InvalidLayoutError unless the store has exactly these parameters in these shapes.
 
-    Without `is_strict`, parameters that only one side has are no reason.
+    Those in `either` may be trained on one side and frozen on the other. Without `is_strict`,
+    parameters that only one side has are no reason.
     """
     _check_scopes(stored)
     masters = {key.name: item.shape for key, item in stored.items() if key.kind == KIND_MASTER}
@@ -71,6 +73,9 @@ def check_parameters(
         for key, item in stored.items()
         if key.kind == KIND_WEIGHT and not key.scope
     }
+    for name in either:
+        if name in weights and name in trainable:
+            masters[name] = weights.pop(name)
     problems = [
         *_compare(masters, trainable, weights, frozen, "trainable"),
         *_compare(weights, frozen, masters, trainable, "frozen"),
@@ -89,12 +94,13 @@ def check_parameters(
 def check_optimizer(stored: Stored, partitions: Sequence[Partition], optimizer: Any) -> None:
     """Raise InvalidLayoutError unless the stored optimizer state is what this optimizer keeps."""
     kinds = optimizer_kinds(stored)
+    masters = {key.name for key in stored if key.kind == KIND_MASTER}
     problems = []
     for partition in partitions:
         rule = rule_for(optimizer, partition.hyper)
         for name in partition.names:
             have = kinds.get(name, frozenset())
-            if have == rule.keys or not (have or rule.is_eager):
+            if have == rule.keys or not (have or (rule.is_eager and name in masters)):
                 continue
             problems.append(f"{name}: stored {_kinds(have)}, expected {_kinds(rule.keys)}")
     if problems:

@@ -157,6 +157,15 @@ def empty_like(master: torch.Tensor, optimizer: Any, slots: Iterable[Slot]) -> t
     return made
 
 
+def forget(optimizer: Any, key: torch.Tensor, hyper: Mapping[str, Any]) -> None:
+    """Leave the optimizer with the state of a master that was never stepped."""
+    if not rule_for(optimizer, hyper).is_eager:
+        optimizer.state.pop(key, None)
+        return
+    for name, value in optimizer.state[key].items():  # Adagrad's, which a step expects to find.
+        value.fill_(0 if name == "step" else hyper.get("initial_accumulator_value", 0))
+
+
 def store_scalar(
     state: dict[str, Any], key: str, value: torch.Tensor, rule: Rule, target: ScalarTarget
 ) -> None:

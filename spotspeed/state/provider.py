@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import deepspeed
 import torch
 
-from spotspeed.core.layout import StoredTensor, TensorKey
+from spotspeed.core.layout import KIND_MASTER, StoredTensor, TensorKey
 from spotspeed.errors import CaptureError, UnsupportedLayoutError
 from spotspeed.state import scaler
 from spotspeed.state.bf16 import Bf16Layout
@@ -186,6 +186,9 @@ class EngineState:
             raise UnsupportedLayoutError(
                 f"{moved} are offloaded: call engine.reload_states() before restoring"
             )
+        either = frozenset[str]()
+        if isinstance(self._layout, ReplicatedLayout):
+            either = self._layout.expect(key.name for key in stored if key.kind == KIND_MASTER)
         partitions = self._layout.partitions()
         trained = {name for partition in partitions for name in partition.names}
         shapes = {
@@ -199,8 +202,8 @@ class EngineState:
             stored,
             {name: shape for name, shape in shapes.items() if name in trained},
             {name: shape for name, shape in shapes.items() if name not in trained},
-            is_strict=wanted.is_strict,
-        )
+            either=either, is_strict=wanted.is_strict,
+        )  # fmt: skip
         if wanted.optimizer:
             check_optimizer(stored, partitions, self._layout.optimizer)
         self._restore = Restore(self._layout, stored, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +25,16 @@ class ReplicatedLayout:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._names = ParameterNames(engine)
+        self._expected: frozenset[str] = frozenset()
         self.partitions()
+
+    def expect(self, masters: Iterable[str]) -> frozenset[str]:
+        """Take parameters that a checkpoint has as trained for trained, frozen or not for now.
+
+        Returns the parameters that either side may freeze: here a weight is its own master.
+        """
+        self._expected = frozenset(masters)
+        return frozenset(name for group in self.group_names() for name in group)
 
     @property
     def optimizer(self) -> Any:
@@ -43,6 +53,8 @@ class ReplicatedLayout:
 
     def _is_trained(self, parameter: torch.Tensor) -> bool:
         """Whether it is updated, or was until it was frozen: then its state is kept as well."""
+        if self._expected and self._names.of(parameter) in self._expected:
+            return True
         state = self.optimizer.state.get(parameter) or {}
         return parameter.requires_grad or (bool(state) and float(state.get("step", 1)) > 0)
 

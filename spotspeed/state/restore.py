@@ -22,7 +22,14 @@ from spotspeed.state.fit import (
     optimizer_kinds,
     overrides,
 )
-from spotspeed.state.optimizers import Rule, ScalarTarget, empty_like, rule_for, store_scalar
+from spotspeed.state.optimizers import (
+    Rule,
+    ScalarTarget,
+    empty_like,
+    forget,
+    rule_for,
+    store_scalar,
+)
 from spotspeed.state.partition import Layout, Partition, Slot
 from spotspeed.state.piece import (
     Piece,
@@ -73,7 +80,9 @@ class Restore:
                     self._plan_state(partition, kinds)
                 for slot in partition.slots:
                     if TensorKey(KIND_MASTER, slot.name) not in self.stored:
-                        continue  # The fit was checked: only what is not strict lacks one.
+                        if TensorKey(KIND_WEIGHT, slot.name) in self.stored:
+                            self._add(KIND_WEIGHT, slot, partition.master)  # Frozen there.
+                        continue  # The fit was checked: only what is not strict lacks both.
                     self._add(KIND_MASTER, slot, partition.master)
                     self._plan_override(slot, runs.get(slot.name, []))
             for resident in self.layout.residents():
@@ -107,7 +116,7 @@ class Restore:
         if not with_state:
             if partition.swapped is not None:
                 partition.swapped.drop()
-            optimizer.state.pop(partition.key, None)
+            forget(optimizer, partition.key, partition.hyper)
             return
         rule, state = rule_for(optimizer, partition.hyper), optimizer.state[partition.key]
         if partition.swapped is not None:

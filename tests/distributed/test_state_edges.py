@@ -14,6 +14,7 @@ DRIVER = ROOT / "tests" / "distributed" / "drivers" / "state_edges.py"
 CHECKS = (
     "a_parameter_without_optimizer_state_keeps_having_none",
     "a_parameter_that_was_frozen_later_keeps_its_optimizer_state",
+    "a_parameter_may_be_frozen_on_one_side_and_trained_on_the_other",
     "weights_that_are_not_the_cast_master_come_back",
     "all_ranks_use_the_restored_weights",
     "a_restore_rebinds_no_tensor_of_deepspeed",

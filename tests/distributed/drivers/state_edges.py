@@ -19,7 +19,7 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.utils import safe_get_full_optimizer_state
-from state_model import CASES, Case, Tiny, _zero, build, train
+from state_model import CASES, FULL_CASES, Case, Tiny, _zero, build, train
 from state_snapshot import Snapshot, fill, restore, snapshot, stored_tensors
 
 from spotspeed.core.layout import TensorKey
@@ -96,6 +96,37 @@ def a_parameter_that_was_frozen_later_keeps_its_optimizer_state() -> None:
     _, target = trained("s0-fp32", 1, seed=5)
     restore(target, state)
     same(state, snapshot(target))
+
+
+@check
+def a_parameter_may_be_frozen_on_one_side_and_trained_on_the_other() -> None:
+    """Without ZeRO a script freezes and thaws as it goes, and is built as it begins."""
+    for name in ("s0-fp32", "s0-sgd", "s0-plain-sgd", "s0-adagrad"):
+        engine = build(FULL_CASES[name])
+        train(engine, 2)
+        state = snapshot(provider_for(engine))
+        other = build(FULL_CASES[name], seed=5)
+        other.module.first.weight.requires_grad_(False)
+        target = provider_for(other)
+        restore(target, state)
+        same(state, snapshot(target))
+        other.module.first.weight.requires_grad_(True)
+        other.global_steps = 2
+        assert train(other, 2) == train(engine, 2), name
+    for name in ("s0-fp32", "s0-plain-sgd", "s0-adagrad"):
+        engine = build(FULL_CASES[name])
+        for step in range(2):  # Never stepped, or without a trace of it.
+            thawed = name == "s0-plain-sgd" and step == 0
+            engine.module.first.weight.requires_grad_(thawed)
+            train(engine, 1)
+        state = snapshot(provider_for(engine))
+        assert "weight:first.weight" in state.tensors
+        other = build(FULL_CASES[name], seed=5)
+        train(other, 2)
+        restore(provider_for(other), state)
+        for one in (engine, other):
+            one.module.first.weight.requires_grad_(True)
+        assert train(other, 2) == train(engine, 2), name
 
 
 @check

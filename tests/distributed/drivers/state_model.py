@@ -140,6 +140,7 @@ def _full_cases() -> list[Case]:
     host1 = _zero(1, offload_optimizer=HOST)
     host2 = _zero(2, offload_optimizer=HOST)
     return [
+        Case("s0-plain-sgd", _zero(0), "plain-sgd"),
         Case("z1-host", {**host1, **BF16}),
         Case("z1-cpuadam", {**host1, **BF16}, "cpuadam", needs="cpu_adam"),
         Case("z2-host-rr", {**_zero(2, offload_optimizer=HOST, round_robin_gradients=True)}),
@@ -242,6 +243,8 @@ def _optimizer(case: Case, model: Tiny) -> Any:
     match case.optimizer:
         case "sgd":
             return torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
+        case "plain-sgd":
+            return torch.optim.SGD(groups, lr=1e-2)
         case "adagrad":
             return torch.optim.Adagrad(groups, lr=1e-2)
         case "cpuadam":
