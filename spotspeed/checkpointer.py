@@ -14,7 +14,7 @@ from spotspeed.checkpoint.passing import Passing
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
 from spotspeed.checkpoint.register import SaveRegister
 from spotspeed.checkpoint.restore import Restored, Seat, restore_agreed
-from spotspeed.checkpoint.save import begin_save, share_bytes
+from spotspeed.checkpoint.save import Seen, begin_save, see, share_bytes
 from spotspeed.checkpoint.session import Standing, open_session
 from spotspeed.checkpoint.survivors import Lost, take_seats
 from spotspeed.config import SpotSpeedConfig
@@ -66,7 +66,8 @@ class Checkpointer:
         self.exchange: TimedExchange = self._session.coordinator.exchange
         self.passing = Passing(self.storage, self._session.epoch, exchange=self.exchange,
                                forwards=lambda: boundary.forwards_of(engine))  # fmt: skip
-        self._saves = SaveQueue(self._begin, self._small.late.await_end, self.passing.look)
+        self._saves = SaveQueue(self._describe, self._begin, self._small.late.await_end,
+                                self.passing.look)  # fmt: skip
         self._register = SaveRegister(self._saves)
         self._exit = ExitWatch(self._close_at_exit)
         self._cuts.begin(self._session, self._exit)
@@ -126,7 +127,7 @@ class Checkpointer:
         self._small.end_step()
         step = int(self.engine.global_steps)
         handle = self.submit(step, f"x{tag or step}", tag or f"step-{step}", "explicit")
-        self._copy_unless_lazy()
+        self._saves.hold(handle, self.config.staging)
         return handle
 
     def save_named(
@@ -142,7 +143,7 @@ class Checkpointer:
             self._small.record()
         self._small.end_step()
         handle = self.submit(step, self._register.name(step, named), named.tag, "explicit")
-        self._copy_unless_lazy()
+        self._saves.hold(handle, self.config.staging)
         return handle if finish is None else self._register.then(handle, finish)
 
     def load(
@@ -266,7 +267,7 @@ class Checkpointer:
         """The first step begins, or one whose predecessor ends here."""
         self._start()
         self._small.end_step()
-        self._copy_unless_lazy()
+        self._saves.hold(None, self.config.staging)
         loader_guard.release()
         self._binding.watches_forward = False
 
@@ -297,8 +298,8 @@ class Checkpointer:
         self._small.record()
         self._binding.watches_forward = bool(self._small.late)
         if self.is_on_grid(step):
-            self.submit(step, "p", f"step-{step}", "periodic")
-            self._copy_unless_lazy(has_ended=not self._small.late)
+            handle = self.submit(step, "p", f"step-{step}", "periodic")
+            self._saves.hold(handle, self.config.staging, has_ended=not self._small.late)
         elif self.rank == 0 and self._is_time():
             self.request_save()
         self._session.coordinator.completed(step)
@@ -350,23 +351,22 @@ class Checkpointer:
             self._session.coordinator.start(int(self.engine.global_steps))
             self._cuts.is_changing = False
 
-    def _copy_unless_lazy(self, *, has_ended: bool = True) -> None:
-        """With `staging.lazy: false` a step or a save returns when nothing is left to copy."""
-        if has_ended and not self.config.staging.lazy:
-            self._saves.close_window(self.config.staging.max_hold_s)
-
     def _is_time(self) -> bool:
         """Whether `interval.seconds` have passed since the last save began."""
         seconds = self.config.interval.seconds
         return seconds is not None and time.monotonic() - self._save_began >= seconds
 
-    def _begin(self, handle: SaveHandle) -> Any:
-        """Describe and stage one save, on the queue's thread."""
-        record, named = self._small.snapshot(handle.step), self._register.named(handle)
-        sources = (named.provider(self._provider), self._small, self._session.stager)
+    def _describe(self, handle: SaveHandle) -> Seen:
+        """Look at the tensors of one save, on the queue's thread."""
+        named = self._register.named(handle)
+        return see(handle.ticket, named, self._provider, self._session.stager)
+
+    def _begin(self, handle: SaveHandle, seen: Seen) -> Any:
+        """Stage one save, on the queue's thread."""
+        sources = (seen, self._small, self._session.stager)
         seats = take_seats(self, handle.ticket, self._register.lost(handle))
-        return begin_save(handle.ticket, seats=seats, sources=sources, record=record,
-                          extra=named.extra(), orders=self._cuts.orders(handle))  # fmt: skip
+        orders = self._cuts.orders(handle)
+        return begin_save(handle.ticket, seats=seats, sources=sources, orders=orders)
 
     def _leave(self, where: str) -> NoReturn:
         """End the thread that trains, or the one that closes after it; then the process ends."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from spotspeed import events
+from spotspeed.config import StagingConfig
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.core.saver_protocol import Cost
 from spotspeed.core.tiers import Level
@@ -18,6 +20,7 @@ from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.staging.staged import StagedSave, StagingFacts
 
 IDLE_S = 2.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +54,16 @@ class SaveHandle:
     stored_completion: Future[None] = field(default_factory=Future, repr=False)
     """Resolves when this rank's part is durable, whatever becomes of the others'."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _described: threading.Event = field(default_factory=threading.Event, repr=False)
     _begun: threading.Event = field(default_factory=threading.Event, repr=False)
     _staged: StagedSave | None = field(default=None, repr=False)
+    _given_up: str = field(default="", repr=False)
     _inner: SaveHandle | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        # A waiter that has lost patience, as asyncio.wait_for, must not cancel them for all others.
+        for future in (self.staging_completion, self.stored_completion, self.upload_completion):
+            future.set_running_or_notify_cancel()
 
     @property
     def tag(self) -> str:
@@ -76,9 +86,12 @@ class SaveHandle:
             return self._inner.costs
         return () if self._staged is None else self._staged.costs
 
-    def wait(self, timeout_s: float | None = None) -> Manifest:
-        """Block until durable; raises what went wrong, or TimeoutError."""
-        return self.upload_completion.result(timeout_s)
+    def wait(self, timeout: float | None = None, *, timeout_s: float | None = None) -> Manifest:
+        """Block until durable; raises what went wrong, or TimeoutError.
+
+        `timeout` is in seconds; `timeout_s` is the same by another name.
+        """
+        return self.upload_completion.result(timeout_s if timeout is None else timeout)
 
     def progress(self) -> SaveProgress:
         """How far it is; any thread may ask at any time."""
@@ -111,14 +124,19 @@ class SaveHandle:
         _chain(self.stored_completion, outer.stored_completion)
 
         def run() -> None:
+            error = self.upload_completion.exception()
+            if error is not None:
+                return _reject(outer.upload_completion, error)
             try:
                 result = finish(self.upload_completion.result())
-            except SpotSpeedError as error:
-                outer.upload_completion.set_exception(error)
-            except Exception as error:  # whoever waits must hear of it, whatever it was
-                outer.upload_completion.set_exception(StorageError(f"{self.tag}: {error!r}"))
+            except SpotSpeedError as failure:
+                error = failure
+            except Exception as failure:  # whoever waits must hear of it, whatever it was
+                error = StorageError(f"{self.tag}: {failure!r}")
             else:
-                outer.upload_completion.set_result(result)
+                return _resolve(outer.upload_completion, result)
+            events.emit(events.Lost(f"{self.ticket.directory}, after its seal", str(error)))
+            _reject(outer.upload_completion, error)
 
         self.upload_completion.add_done_callback(
             lambda _: threading.Thread(target=run, name="spotspeed-finish", daemon=True).start()
@@ -130,11 +148,11 @@ class SaveHandle:
         if self._inner is not None:
             return self._inner.abandon(why)
         with self._lock:
-            staged = self._staged
-            if staged is None:
-                self._fail(StorageError(f"{self.ticket.directory} was abandoned: {why}"))
+            staged, self._given_up = self._staged, why
         if staged is not None:
             staged.abandon(why)
+        else:
+            self._fail(StorageError(f"{self.ticket.directory} was abandoned: {why}"))
 
     def wait_staged(self, timeout_s: float | None) -> bool:
         """Wait, helping to copy, until the tensors may change; False after `timeout_s`."""
@@ -146,52 +164,67 @@ class SaveHandle:
         left_s = None if timeout_s is None else max(0.0, timeout_s - time.monotonic() + began)
         return self._staged.wait_staged(left_s)
 
-    def end_window(self) -> None:
-        """The tensors are about to change; a fragment that did so before fails the save."""
-        if self._staged is not None:
-            try:
-                self._staged.verify_window()
-            except CaptureError as error:
-                events.emit(events.Lost(self.ticket.directory, str(error)))
+    def wait_described(self, timeout_s: float) -> None:
+        """Wait until a change of the tensors is one that `staging.check` can see."""
+        self._described.wait(timeout_s)
 
-    def _begin(self, begin: Begin) -> None:
-        with self._lock:
-            if not self.upload_completion.done():
-                try:
-                    self._staged = begin(self)
-                except SpotSpeedError as error:
-                    self._fail(error)
-                except Exception as error:  # whatever DeepSpeed's objects raise ends this save only
-                    self._fail(CaptureError(f"{self.ticket.directory}: {error!r}"))
-        if self._staged is not None:
-            _chain(self._staged.staging_completion, self.staging_completion)
-            _chain(self._staged.stored_completion, self.stored_completion)
-            _chain(self._staged.upload_completion, self.upload_completion)
+    def _describe(self, describe: Describe) -> Any:
+        described = self._attempt(lambda: describe(self))
+        self._described.set()
+        return described
+
+    def _begin(self, begin: Begin, described: Any) -> None:
+        staged: StagedSave | None = self._attempt(lambda: begin(self, described))
+        if staged is not None:
+            with self._lock:
+                self._staged, why = staged, self._given_up
+            if why:
+                staged.abandon(why)
+            _chain(staged.staging_completion, self.staging_completion)
+            _chain(staged.stored_completion, self.stored_completion)
+            _chain(staged.upload_completion, self.upload_completion)
         self._begun.set()
+
+    def _attempt(self, work: Callable[[], T]) -> T | None:
+        """`work`, unless the save is over; what it raises ends this save."""
+        if self.upload_completion.done():
+            return None
+        try:
+            return work()
+        except SpotSpeedError as error:
+            self._fail(error)
+        except Exception as error:  # whatever DeepSpeed's objects raise ends this save only
+            self._fail(CaptureError(f"{self.ticket.directory}: {error!r}"))
+        return None
 
     def _fail(self, error: SpotSpeedError) -> None:
         for future in (self.staging_completion, self.stored_completion, self.upload_completion):
-            if not future.done():
-                future.set_exception(error)
+            _reject(future, error)
+        self._described.set()
         self._begun.set()
 
 
-Begin = Callable[[SaveHandle], StagedSave]
-"""Describe and stage one save."""
+Describe = Callable[[SaveHandle], Any]
+"""Look at the tensors of one save as they are; gives what `Begin` wants to know."""
+Begin = Callable[[SaveHandle, Any], StagedSave]
+"""Stage one save, given what `Describe` gave."""
 
 
 class SaveQueue:
-    """Runs `begin` for each submitted save on one daemon thread, in order.
+    """Runs `describe` and `begin` for each submitted save on one daemon thread, in order.
 
-    `await_state(step, over)` returns when the state of a step is complete, which may take long, or
-    when the save is over. `on_idle()` is called every `IDLE_S` while there is nothing to do.
+    Between the two, `await_state(step, over)` returns when the state of a step is complete, which
+    may take long, or when the save is over. `on_idle()` is called every `IDLE_S` while there is
+    nothing to do.
     """
 
     def __init__(
-        self, begin: Begin, await_state: Callable[[int, Future[Manifest]], None],
+        self, describe: Describe, begin: Begin,
+        await_state: Callable[[int, Future[Manifest]], None],
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        self._begin, self._await_state, self._on_idle = begin, await_state, on_idle
+        self._describe, self._begin = describe, begin
+        self._await_state, self._on_idle = await_state, on_idle
         self._jobs: queue.SimpleQueue[SaveHandle | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._handles: list[SaveHandle] = []
@@ -215,6 +248,20 @@ class SaveQueue:
         with self._lock:
             return [h for h in self._handles if not h.upload_completion.done()]
 
+    def hold(
+        self, handle: SaveHandle | None, staging: StagingConfig, *, has_ended: bool = True
+    ) -> None:
+        """Called where a save may have been submitted, before the caller goes on.
+
+        A save that somebody asked for is watched from there on, and with a full check every one;
+        others soon after. With `lazy: false` all is copied on return, if the step `has_ended`.
+        """
+        is_asked = handle is not None and handle.ticket.reason == "explicit"
+        if handle is not None and staging.check in ("full", "sampled" if is_asked else "full"):
+            handle.wait_described(staging.max_hold_s)
+        if has_ended and not staging.lazy:
+            self.close_window(staging.max_hold_s)
+
     def close_window(self, max_hold_s: float) -> float:
         """Wait until the tensors may change; returns the seconds that this took.
 
@@ -229,7 +276,6 @@ class SaveQueue:
             left_s = max(0.0, max_hold_s - time.monotonic() + began)
             if not handle.wait_staged(None if handle.ticket.reason == "notice" else left_s):
                 handle.abandon(f"it would have held a step for more than {max_hold_s:g} s")
-            handle.end_window()
         return time.monotonic() - began
 
     def close(self) -> None:
@@ -245,8 +291,13 @@ class SaveQueue:
                 continue
             if handle is None:
                 return
-            self._await_state(handle.step, handle.upload_completion)
-            handle._begin(self._begin)
+            self._serve(handle)
+            del handle  # Nothing of a save is to live until the next.
+
+    def _serve(self, handle: SaveHandle) -> None:
+        described = handle._describe(self._describe)
+        self._await_state(handle.step, handle.upload_completion)
+        handle._begin(self._begin, described)
 
 
 def _is_fine(future: Future[Any]) -> bool:
@@ -262,11 +313,20 @@ def _report(handle: SaveHandle) -> None:
 def _chain(source: Future[Any], target: Future[Any]) -> None:
     def copy(done: Future[Any]) -> None:
         error = done.exception()
-        if target.done():
-            return
         if error is None:
-            target.set_result(done.result())
+            _resolve(target, done.result())
         else:
-            target.set_exception(error)
+            _reject(target, error)
 
     source.add_done_callback(copy)
+
+
+def _resolve(future: Future[T], value: T) -> None:
+    """It has come to this, unless it came to something before; no lock may be held."""
+    with contextlib.suppress(InvalidStateError):
+        future.set_result(value)
+
+
+def _reject(future: Future[Any], error: BaseException) -> None:
+    with contextlib.suppress(InvalidStateError):
+        future.set_exception(error)

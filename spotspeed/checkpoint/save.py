@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from spotspeed.checkpoint.named import NamedSave
 from spotspeed.checkpoint.survivors import Seats
 from spotspeed.core import plain
 from spotspeed.core.deadline import Orders
 from spotspeed.core.layout import KIND_BLOB, KIND_MASTER, KIND_WEIGHT, TensorKey
 from spotspeed.core.manifest import Ticket
+from spotspeed.staging.stager import Stager, Terms
+from spotspeed.state.piece import Piece
 from spotspeed.state.plain_tensors import to_plain
 from spotspeed.state.provider import StateProvider
-from spotspeed.state.small import Record, SmallState
+from spotspeed.state.small import SmallState
 
 if TYPE_CHECKING:
+    from spotspeed.staging.check import Window
     from spotspeed.staging.staged import StagedSave
-    from spotspeed.staging.stager import Stager
 
 JOB_KEY = TensorKey(KIND_BLOB, "job")
 """What all ranks share and rank 0 writes: counters, param groups, scheduler, client state."""
@@ -27,37 +31,58 @@ def rank_key(rank: int) -> TensorKey:
     return TensorKey(KIND_BLOB, "rank", f"rank-{rank}")
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The tensors of one save as they are at the step, and what tells whether they change."""
+
+    named: NamedSave
+    provider: StateProvider
+    pieces: Sequence[Piece]
+    window: Window
+
+
+def see(ticket: Ticket, named: NamedSave, live: StateProvider, stager: Stager) -> Seen:
+    """Describe the tensors of a save; from here on a change of them may be noticed.
+
+    Raises CaptureError for state that is not known.
+    """
+    provider = named.provider(live)
+    pieces = provider.pieces()
+    shares = (piece.share for piece in pieces)
+    window = stager.watch(ticket, [(share.fragment, share.tensor) for share in shares])
+    return Seen(named, provider, pieces, window)
+
+
 def begin_save(
     ticket: Ticket,
     *,
     seats: Seats,
-    sources: tuple[StateProvider, SmallState, Stager],
-    record: Record,
-    extra: Mapping[str, Any],
+    sources: tuple[Seen, SmallState, Stager],
     orders: Orders | None = None,
 ) -> StagedSave:
     """Start to stage this rank's part of `ticket`; returns before the bytes are copied.
 
-    `seats` says who the ticket's ranks are, `record` is the small state at its step, and `extra`
-    joins the job's blob ("client_state", ...); `orders` replaces how the config would have it
-    stored. The tensors may not change until the save is staged. Raises CaptureError when something
-    cannot be stored, naming it: also what only a lost rank had.
+    `seats` says who the ticket's ranks are; `orders` replaces how the config would have it stored.
+    The tensors may not change until the save is staged. Raises CaptureError when something cannot
+    be stored, naming it: also what only a lost rank had.
     """
-    provider, small, stager = sources
-    rank = seats.seat
-    shared = seats.divide([*provider.pieces(), *provider.derived_mismatches()])
+    seen, small, stager = sources
+    provider, rank, record = seen.provider, seats.seat, small.snapshot(ticket.step)
+    shared = seats.divide([*seen.pieces, *provider.derived_mismatches()])
     pieces = [*shared, *small.buffer_pieces(record, seat=rank)]
     written_by = {"world_size": ticket.world_size}
     own = {**small.rank(record), **written_by, **small.late.stored(ticket.step)}
     blobs = {rank_key(rank): _encode(own, what="rank state")}
     if rank == 0:
-        job = {**small.job(record), **written_by, "model": provider.describe(), **extra}
+        job = {**small.job(record), **written_by, "model": provider.describe(),
+               **seen.named.extra()}  # fmt: skip
         blobs[JOB_KEY] = _encode(job, what="job state")
     held = [(share.fragment, share.tensor) for share in (piece.share for piece in pieces)
             if share.fragment.interval.count]  # fmt: skip
     frozen = [item for item in held if _is_frozen(item[0].key)]
     shares = [item for item in held if not _is_frozen(item[0].key)]
-    return stager.stage(ticket, shares, blobs, rank=rank, frozen=frozen, orders=orders)
+    terms = Terms(rank, orders, seen.window)
+    return stager.stage(ticket, shares, blobs, frozen=frozen, terms=terms)
 
 
 def _is_frozen(key: TensorKey) -> bool:

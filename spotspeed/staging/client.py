@@ -44,6 +44,7 @@ from spotspeed.staging.connect import (
     greet,
 )
 from spotspeed.staging.launch import rendezvous_url, saver_address, start_saver
+from spotspeed.staging.outbox import OnSent, Outbox
 from spotspeed.staging.pool import SlotPool
 
 CONNECT_TIMEOUT_S = 60.0
@@ -92,7 +93,7 @@ class SaverSession:
         self._listeners: dict[int, SaveListener] = {}
         self._drains: queue.SimpleQueue[Progress | Drained | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._send_lock = threading.Lock()
+        self._outbox = Outbox(connection.socket, self._give_up)
         self._error: SpotSpeedError | None = None
         self._is_closing = False
         self._loss = "what it had not sealed is lost, and the next save starts a new one"
@@ -115,19 +116,19 @@ class SaverSession:
                 raise self._error
             self._listeners[save] = listener
 
-    def send(self, message: Message) -> None:
-        """Hand `message` to the kernel: from then on the saver gets it even if this rank dies.
+    def send(self, message: Message, on_sent: OnSent | None = None) -> None:
+        """Send `message` behind those before it, at once or as soon as the saver reads.
 
-        Waits while the saver does not read. Raises StorageError when the saver is gone.
+        `on_sent` is called, on some thread, when the kernel has it: from then on the saver gets it
+        even if this rank dies. Raises StorageError when the saver is gone.
         """
         frame = encode(message)
-        with self._send_lock:
-            if self._error is not None:
-                raise self._error
-            try:
-                self._socket.sendall(frame)
-            except OSError as error:
-                raise self._lose(error) from error
+        if self._error is not None:
+            raise self._error
+        try:
+            self._outbox.send(frame, on_sent)
+        except OSError as error:
+            raise self._lose(error) from error
 
     def drain(
         self,
@@ -180,9 +181,11 @@ class SaverSession:
         Waits up to `timeout_s` for their outcome; listeners that then wait still are failed.
         """
         self._is_closing = True
+        deadline = time.monotonic() + timeout_s
+        self._outbox.flush(timeout_s)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
-        self._reader.join(timeout_s)
+        self._reader.join(max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._reader.join()
@@ -227,6 +230,12 @@ class SaverSession:
                     self._on_notice(deadline_s, source)
             case _:
                 raise FormatError(f"saver socket: a saver does not send {type(message).__name__}")
+
+    def _give_up(self, cause: OSError) -> None:
+        """The saver takes nothing more: it is to be no saver of this rank any longer."""
+        self._lose(cause)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _lose(self, cause: Exception | None) -> SpotSpeedError:
         """Settle everything that waits for the saver; returns the error to raise."""

@@ -1,35 +1,40 @@
-"""One save on its way from the training's memory to the saver: chunks, slots, futures."""
+"""One save on its way from the training's memory to the saver: copiers, checks, futures."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from spotspeed.core.chunks import StreamLayout, join, pack_parts
+from spotspeed.core.chunks import join, pack_parts
 from spotspeed.core.deadline import Orders
 from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.layout import Fragment
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.core.saver_fields import NewObject
-from spotspeed.core.saver_protocol import Abandon, Begin, Chunks, Cost, End, Need
+from spotspeed.core.saver_protocol import Abandon, Begin, Cost, End
 from spotspeed.core.tiers import Level
 from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.events import Bypassed, Kept, Sealed, Staged, Stalled, emit
 from spotspeed.staging.check import Window
 from spotspeed.staging.client import SaverSession
+from spotspeed.staging.flow import ChunkFlow
 from spotspeed.staging.frozen import FrozenShare
 from spotspeed.staging.native import CopyEngine, CopyHandle
 from spotspeed.staging.sources import CopyPlan, Source
 
-BATCH_BYTES = 16 * 1024 * 1024
-"""Chunks are claimed, copied and handed to the saver in batches of about this size."""
+_HELP_AGAIN_S = 0.05
+"""How often a thread that waits looks whether there is more to copy."""
 _STALL_MIN_S = 0.001
 NOTHING_FROZEN = FrozenShare()
+NO_WINDOW = Window((), (), "off", seed=0)
+T = TypeVar("T")
+_logger = logging.getLogger("spotspeed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +81,13 @@ class StagedSave:
         self.upload_completion: Future[Manifest] = Future()
         self.manifest_bytes: bytes | None = None
         self.costs: tuple[Cost, ...] = ()
-        self._window: Window | None = window
+        self._window = window
         self._settings = settings
         self._began = time.monotonic()
-        self._stalled_s = 0.0
-        self._session: SaverSession | None = None
-        self._layout: StreamLayout | None = None
-        self._next = 0
-        self._filled: dict[int, int] = {}
-        self._sent = 0
+        self._flow: ChunkFlow | None = None
         self._copying: list[CopyHandle] = []
         self._lock = threading.Lock()
         self._claim_lock = threading.Lock()
-        self._send_lock = threading.Lock()
         self._is_over = False
         self._is_kept = False
         for future in (self.staging_completion, self.stored_completion, self.upload_completion):
@@ -101,28 +100,16 @@ class StagedSave:
         `timeout_s` passed before.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._settings.help(self, deadline)
-        remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-        try:
-            self.staging_completion.exception(remaining_s)
-        except TimeoutError:
-            return False
-        return True
-
-    def verify_window(self) -> None:
-        """Check that nothing changed while it was staged; call before the tensors may change.
-
-        Raises CaptureError naming the fragments; then the save is abandoned, too.
-        """
-        window, self._window = self._window, None
-        staging = self.staging_completion
-        if window is None or not staging.done() or staging.exception() is not None:
-            return
-        try:
-            window.verify()
-        except CaptureError as error:
-            self._end(error, tell=True)
-            raise
+        while True:
+            self._settings.help(self, deadline)
+            left_s = _HELP_AGAIN_S if deadline is None else deadline - time.monotonic()
+            try:
+                self.staging_completion.exception(max(0.0, min(left_s, _HELP_AGAIN_S)))
+            except TimeoutError:
+                if left_s <= 0:
+                    return False
+            else:
+                return True
 
     def abandon(self, reason: str) -> None:
         """Give this save up; what was written of it is removed. Harmless when it is sealed."""
@@ -131,11 +118,8 @@ class StagedSave:
     @property
     def staged_bytes(self) -> int:
         """Bytes that are in the saver's hands."""
-        with self._lock:
-            layout, sent = self._layout, self._sent
-        if layout is None:
-            return 0
-        return min(self.size_bytes, sum(chunk.size_bytes for chunk in layout.chunks[:sent]))
+        flow = self._flow
+        return 0 if flow is None else min(self.size_bytes, flow.sent_bytes)
 
     @property
     def level(self) -> Level | None:
@@ -183,7 +167,7 @@ class StagedSave:
             while not self._is_over and self._copy_batch(deadline, is_urgent):
                 pass
         except SpotSpeedError as error:
-            self._end(error, tell=False)
+            self._end(error, tell=True)
         except Exception as error:
             wrapped = CaptureError(f"{self.ticket.directory}: copying failed: {error!r}")
             wrapped.__cause__ = error
@@ -207,8 +191,9 @@ class StagedSave:
         """The saver says: durable at the store."""
         with self._lock:
             self._objects = objects
-            if not self._is_over and not self.stored_completion.done():
-                self.stored_completion.set_result(None)
+            if self._is_over:
+                return
+        _resolve(self.stored_completion, None)
 
     def sealed(self, manifest: Manifest, stored_form: bytes) -> None:
         """The saver says: sealed."""
@@ -218,10 +203,9 @@ class StagedSave:
             self._is_over = True
         self.manifest_bytes = stored_form
         # On a busy machine the seal is heard before the thread that sent the end goes on.
-        self._settle_staging(is_sealed=True)
-        if not self.stored_completion.done():
-            self.stored_completion.set_result(None)
-        self.upload_completion.set_result(manifest)
+        self._settle_staging()
+        _resolve(self.stored_completion, None)
+        _resolve(self.upload_completion, manifest)
         if self.rank == 0:
             ticket, elapsed_s = self.ticket, time.monotonic() - self._began
             emit(Sealed(ticket.directory, ticket.tag, ticket.step, manifest.data_bytes, elapsed_s))
@@ -236,138 +220,101 @@ class StagedSave:
         if not self._claim_lock.acquire(timeout=timeout_s):
             return False
         try:
-            session, layout = self._open()
-            claimed = self._claim(session, layout, deadline)
+            flow = self._open(may_start=deadline is None)
+            claimed = {} if flow is None else flow.claim(deadline)
         finally:
             self._claim_lock.release()
-        if not claimed:
+        if flow is None:
             return False
-        plan = CopyPlan()
-        for chunk, slot in claimed.items():
-            plan.add(layout, self._sources, chunk, session.slot_address(slot))
-        plan.run(self._settings.urgent if is_urgent else self._settings.lazy, self._begun)
-        with self._lock:
-            is_wanted = not self._is_over
-            if is_wanted:
-                self._filled |= claimed
-        if not is_wanted:
-            session.pool.release(claimed.values())
+        if claimed and not self._fill(flow, claimed, is_urgent):
             return False
-        self._send(session, layout, eager=session.pool.free_count == 0)
-        return True
+        is_full = flow.session.pool.free_count == 0
+        if flow.send(eager=is_full or not claimed):
+            self._finish(flow)
+        return bool(claimed)
 
-    def _claim(
-        self, session: SaverSession, layout: StreamLayout, deadline: float | None
-    ) -> dict[int, int]:
-        """The next chunks and a slot for each; waits only for the first slot."""
-        claimed: dict[int, int] = {}
-        size = 0
-        while self._next < len(layout.chunks) and size < BATCH_BYTES:
-            slot = session.pool.acquire(timeout_s=0)
-            if slot is None and not claimed:
-                slot = self._wait_slot(session, layout, deadline)
-            if slot is None:
-                break
-            claimed[self._next] = slot
-            size += layout.chunks[self._next].size_bytes
-            self._next += 1
-        return claimed
+    def _fill(self, flow: ChunkFlow, claimed: dict[int, int], is_urgent: bool) -> bool:
+        """Copy chunks into their slots; whether anybody still wants them."""
+        plan, sources = CopyPlan(), self._sources
+        try:
+            for chunk, slot in claimed.items():
+                plan.add(flow.layout, sources, chunk, flow.session.slot_address(slot))
+            plan.run(self._settings.urgent if is_urgent else self._settings.lazy, self._begun)
+        except BaseException:
+            _await_copies(sources)
+            flow.release(claimed.values())
+            raise
+        return flow.fill(claimed)
 
     def _begun(self, handle: CopyHandle) -> None:
         with self._lock:
             self._copying = [other for other in self._copying if not other.done()] + [handle]
 
-    def _open(self) -> tuple[SaverSession, StreamLayout]:
-        """Announce the save; called under the claim lock."""
-        if self._session is None or self._layout is None:
-            session = self._settings.session()
+    def _open(self, *, may_start: bool) -> ChunkFlow | None:
+        """Announce the save; called under the claim lock.
+
+        None where no saver is at hand and this thread may not start one, which can take long.
+        """
+        if self._flow is None:
+            session = self._settings.session(may_start)
+            if session is None:
+                return None
             new = tuple(NewObject(group.content, len(group.fragments))
                         for group in self._frozen.new)  # fmt: skip
             counts = [item.fragment_count for item in new]
             parts = pack_parts(self._fragments, counts, chunk_bytes=session.slot_bytes)
             layout = join(parts, counts)
-            number = self._settings.number()
-            session.listen(number, self)
-            self._number = number
+            flow = ChunkFlow(session, layout, self._settings.number())
+            session.listen(flow.number, self)
             session.send(Begin(
-                number, self.ticket, self.rank, session.slot_bytes, len(layout.chunks),
+                flow.number, self.ticket, self.rank, session.slot_bytes, len(layout.chunks),
                 layout.raw_bytes, self._settings.orders.compression, tuple(self._fragments),
                 new, self._frozen.referred, self._settings.orders.is_direct,
             ))  # fmt: skip
             with self._lock:
-                self._session, self._layout = session, layout
+                self._flow = flow
                 is_wanted = not self._is_over
             if not is_wanted:
-                session.send(Abandon(number, "abandoned before it began"))
-            elif not layout.chunks:
-                self._finish(session)
-        return self._session, self._layout
+                flow.close()
+                session.send(Abandon(flow.number, "abandoned before it began"))
+        return self._flow
 
-    def _wait_slot(
-        self, session: SaverSession, layout: StreamLayout, deadline: float | None
-    ) -> int | None:
-        """Send what is filled, and wait until the saver gives a slot back."""
-        began = time.monotonic()
-        self._send(session, layout, eager=True)
-        session.send(Need(min(len(layout.chunks) - self._next, session.pool.slot_count)))
-        timeout_s = None if deadline is None else max(0.0, deadline - began)
-        slot = session.pool.acquire(give_up=lambda: self._is_over, timeout_s=timeout_s)
-        self._stalled_s += time.monotonic() - began
-        return slot
+    def _finish(self, flow: ChunkFlow) -> None:
+        """Everything has been handed over; it counts once nothing is seen to have changed.
 
-    def _send(self, session: SaverSession, layout: StreamLayout, *, eager: bool) -> None:
-        """Hand over the filled chunks that follow those already sent."""
-        with self._send_lock:
-            with self._lock:
-                if self._is_over:
-                    return
-                stop = self._sent
-                while stop in self._filled:
-                    stop += 1
-                is_last = stop == len(layout.chunks)
-                size = sum(layout.chunks[chunk].size_bytes for chunk in range(self._sent, stop))
-                if stop == self._sent or not (eager or is_last or size >= BATCH_BYTES):
-                    return
-                first, self._sent = self._sent, stop
-                slots = tuple(self._filled.pop(chunk) for chunk in range(first, stop))
-            session.send(Chunks(self._number, first, slots))
-            if is_last:
-                self._finish(session)
+        What changes from here on is not looked at: then the tensors may. Raises CaptureError.
+        """
+        self._window.verify()
+        if not self._is_over:
+            flow.session.send(End(flow.number), self._settle_staging)
 
-    def _finish(self, session: SaverSession) -> None:
+    def _settle_staging(self) -> None:
         """Everything is in the saver's hands."""
-        session.send(End(self._number))
-        self._settle_staging(is_sealed=False)
-
-    def _settle_staging(self, *, is_sealed: bool) -> None:
-        elapsed_s = time.monotonic() - self._began
-        with self._lock:
-            if self.staging_completion.done() or (self._is_over and not is_sealed):
-                return
-            facts = StagingFacts(self.size_bytes, elapsed_s, self._stalled_s)
-            self.staging_completion.set_result(facts)
+        stalled_s = 0.0 if self._flow is None else self._flow.stalled_s
+        facts = StagingFacts(self.size_bytes, time.monotonic() - self._began, stalled_s)
+        if not _resolve(self.staging_completion, facts):
+            return
         self._sources = ()
-        emit(Staged(self.ticket.directory, self.rank, self.size_bytes, elapsed_s))
-        if self._stalled_s >= _STALL_MIN_S:
+        self._window = NO_WINDOW
+        emit(Staged(self.ticket.directory, self.rank, self.size_bytes, facts.elapsed_s))
+        if stalled_s >= _STALL_MIN_S:
             cause = "the staging pool was full and the saver still writing"
-            emit(Stalled(cause, self._stalled_s, self.ticket.step))
+            emit(Stalled(cause, stalled_s, self.ticket.step))
 
     def _end(self, error: SpotSpeedError, *, tell: bool) -> None:
-        """Settle as failed; slots that the saver does not know of go back to the pool."""
+        """Settle as failed."""
         with self._lock:
             if self._is_over:
                 return
             self._is_over = True
-            slots, self._filled = list(self._filled.values()), {}
-            session = self._session
-        if session is not None:
-            session.pool.release(slots)
-            session.pool.wake()
+            flow = self._flow
+        if flow is not None:
+            flow.close()
             if tell:
                 with contextlib.suppress(StorageError):
-                    session.send(Abandon(self._number, str(error)))
+                    flow.session.send(Abandon(flow.number, str(error)))
         for future in (self.staging_completion, self.stored_completion, self.upload_completion):
-            if not future.done():
+            with contextlib.suppress(InvalidStateError):
                 future.set_exception(error)
 
 
@@ -375,12 +322,34 @@ class StagedSave:
 class CopySettings:
     """What a save needs of its stager."""
 
-    session: Callable[[], SaverSession]
+    session: Callable[[bool], SaverSession | None]
+    """Given True it starts a saver where there is none, which may take long."""
     number: Callable[[], int]
     help: Callable[[StagedSave, float | None], None]
     lazy: CopyEngine
     urgent: CopyEngine
     orders: Orders
+
+
+def _await_copies(sources: Sequence[Source]) -> None:
+    """After an error: what was begun may still arrive, and then the slots are others'."""
+    for source in sources:
+        try:
+            source.finish()
+        except Exception as error:  # What went wrong first is raised, not what it led to.
+            _logger.debug("a copy was not finished: %r", error)
+
+
+def _resolve(future: Future[T], value: T) -> bool:
+    """Whether this is what the future came to, and not something before.
+
+    Its callbacks are other people's code: no lock may be held.
+    """
+    try:
+        future.set_result(value)
+    except InvalidStateError:
+        return False
+    return True
 
 
 def _is_fine(future: Future[Any]) -> bool:

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spotspeed.config import SpotSpeedConfig
@@ -38,6 +39,21 @@ URGENT_REASONS = frozenset({"notice", "explicit", "final"})
 """Saves that are also copied by a thread of normal priority."""
 BACKGROUND_NICE = 10
 CLOSE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is special about one save."""
+
+    rank: int | None = None
+    """The part of the ticket that it is; None: that of this rank's number."""
+    orders: Orders | None = None
+    """How it is to be stored; None: as the config says."""
+    window: Window | None = None
+    """Fails it when the tensors have changed since; None: a look at them is taken now."""
+
+
+NO_TERMS = Terms()
 
 
 class Stager:
@@ -89,40 +105,43 @@ class Stager:
         self._share_bytes = max(share_bytes, self._share_bytes)
         self._open_session()
 
+    def watch(self, ticket: Ticket, pieces: Sequence[tuple[Fragment, torch.Tensor]]) -> Window:
+        """Digests of `pieces` as they are now, as `staging.check` wants them; for `stage`."""
+        seed = zlib.crc32(ticket.digest, self._rank)
+        check = self._config.staging.check
+        return Window(*gather(pieces if check != "off" else (), {}), check, seed=seed)
+
     def stage(
         self,
         ticket: Ticket,
         pieces: Sequence[tuple[Fragment, torch.Tensor]],
         blobs: Mapping[TensorKey, bytes],
         *,
-        rank: int | None = None,
         frozen: Sequence[tuple[Fragment, torch.Tensor]] = (),
-        orders: Orders | None = None,
+        terms: Terms = NO_TERMS,
     ) -> StagedSave:
         """Begin to copy a save; returns before the bytes are copied.
 
         `pieces` are fragments with 1-D contiguous tensors of exactly their elements, `blobs`
-        become one-dimensional uint8 tensors; without `orders` the config says how they are stored.
-        `rank` is the part of the ticket that this is, by default that of this rank's number.
+        become one-dimensional uint8 tensors.
         `frozen` are pieces that nothing trains: they are read now, and copied only when the last
         save did not hold the same. The tensors may not change until `StagedSave.wait_staged`.
         Raises CaptureError for a tensor that is not its fragment; all other failures come out of
         the futures.
         """
+        window = terms.window or self.watch(ticket, [*frozen, *pieces])
         share = plan_share(frozen, self._known_objects())
         if share.is_small:
             pieces, share = [*pieces, *frozen], FrozenShare()
         fragments, sources = gather(pieces, blobs)
-        everything = [*share.fragments, *fragments], [*share.sources, *sources]
         self._is_on_device |= any(isinstance(source, DeviceSource) for source in sources)
-        part = self._rank if rank is None else rank
-        seed = zlib.crc32(ticket.digest, self._rank)
+        part = self._rank if terms.rank is None else terms.rank
         save = StagedSave(
             ticket, part, contents=(fragments, sources), frozen=share,
-            window=Window(*everything, self._config.staging.check, seed=seed),
+            window=window,
             settings=CopySettings(
-                self._open_session, lambda: next(self._numbers), self._help,
-                self._lazy, self._urgent, orders or Orders(self._config.compression or ""),
+                self._session_for, lambda: next(self._numbers), self._help,
+                self._lazy, self._urgent, terms.orders or Orders(self._config.compression or ""),
             ),
         )  # fmt: skip
         self._share_bytes = max(self._share_bytes, save.size_bytes)
@@ -219,6 +238,13 @@ class Stager:
             session, self._session = self._session, None
         if session is not None:
             session.close(timeout_s=timeout_s)
+
+    def _session_for(self, may_start: bool) -> SaverSession | None:
+        """The session for a save; None where none is open and this thread cannot wait for one."""
+        if may_start:
+            return self._open_session()
+        session = self._session
+        return session if session is not None and session.is_alive else None
 
     def _open_session(self) -> SaverSession:
         with self._session_lock:

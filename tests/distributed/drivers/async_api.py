@@ -24,6 +24,7 @@ from spotspeed.errors import (
     ObjectNotFoundError,
     SpotSpeedError,
 )
+from spotspeed.staging.sources import CopyPlan
 
 FOLDER = Path(sys.argv[1])
 
@@ -73,6 +74,42 @@ def check_a_loop_may_write_to_the_state_after_a_step_that_is_not_lazy() -> None:
             master.mul_(0.5)
     checkpointer.close()
     assert {found.step for found in spotspeed.list_checkpoints(str(path))} == set(range(1, 21))
+    engine.destroy()
+
+
+def check_a_write_to_the_state_right_after_a_save_or_a_step_fails_that_save_by_name() -> None:
+    path, run, may_copy = FOLDER / "torn", CopyPlan.run, threading.Event()
+    block = {"path": str(path), "interval": {"seconds": None, "steps": 1}, "keep": {"last": 99},
+             "staging": {"check": "full"}}  # fmt: skip
+
+    def copy(plan, *arguments):
+        assert may_copy.wait(60)
+        run(plan, *arguments)
+
+    CopyPlan.run = copy
+    lost, engine = [], make(2, spotspeed=block)
+    events.add_sink(lost.append)
+    checkpointer = spotspeed.attach(engine)
+    (master,) = engine.optimizer.single_partition_of_fp32_groups
+    for step in range(1, 5):
+        may_copy.clear()
+        train(engine, 1)
+        handle = checkpointer.save() if step % 2 else None
+        with torch.no_grad():
+            master[-1 - step] += step == 2 or step == 3
+        may_copy.set()
+        if handle is not None and step == 1:
+            handle.wait(timeout=60)
+        elif handle is not None:
+            error = raises(SpotSpeedError, lambda handle=handle: handle.wait(60))
+            assert "fp32:" in str(error) and "changed" in str(error), error
+            raises(CaptureError, lambda handle=handle: handle.staging_completion.result(60))
+    checkpointer.close()
+    CopyPlan.run = run
+    events.remove_sink(lost.append)
+    assert {found.step for found in spotspeed.list_checkpoints(str(path))} == {1, 4}
+    torn = [event.what for event in lost if isinstance(event, events.Lost)]
+    assert len(torn) == len(set(torn)) == 3, torn
     engine.destroy()
 
 

@@ -95,7 +95,6 @@ class Rank:
     def wait_staged(self, step: int, timeout_s: float = 60.0) -> dict[str, Any]:
         is_staged = self.saves[step].wait_staged(timeout_s)
         facts = self.saves[step].staging_completion.result(0)
-        self.saves[step].verify_window()
         return {"staged": is_staged, "stalled_s": facts.stalled_s}
 
     def result(self, step: int, timeout_s: float = 60.0) -> dict[str, Any]:
