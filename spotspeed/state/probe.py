@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,6 +45,12 @@ def refuse_unsupported(engine: Any) -> None:
     found = list(_unsupported(engine))
     if found:
         raise UnsupportedLayoutError(f"not supported: {'; '.join(found)}; {SUPPORTED}")
+
+
+def moves_during_forward(optimizer: Any) -> bool:
+    """Whether a pass of DeepCompile, chosen after the engine was made, moves the state about."""
+    passes: Any = sys.modules.get("deepspeed.compile.passes.offload_adam_states")
+    return passes is not None and getattr(passes, "optimizer", None) is optimizer
 
 
 def _unsupported(engine: Any) -> Iterable[str]:

@@ -23,7 +23,7 @@ from spotspeed.state.optimizers import rule_for
 from spotspeed.state.parameters import ParameterNames, count_of, shape_of
 from spotspeed.state.partition import Layout
 from spotspeed.state.piece import Piece, dtype_name
-from spotspeed.state.probe import SUPPORTED, refuse_unsupported
+from spotspeed.state.probe import SUPPORTED, moves_during_forward, refuse_unsupported
 from spotspeed.state.replicated import ReplicatedLayout
 from spotspeed.state.restore import Restore
 from spotspeed.state.zero3 import Zero3Layout
@@ -167,15 +167,14 @@ class EngineState:
         return groups
 
     def pieces(self) -> list[Piece]:
+        self._check_in_place()
         return [piece for piece in live_pieces(self._layout) if self._writes(piece)]
 
     def expected_bytes(self) -> int:
         return expected_bytes(self._layout, but=self._mesh.foreign)
 
     def derived_mismatches(self) -> list[Piece]:
-        moved = self._offloaded()
-        if moved:
-            raise CaptureError(f"{moved} are offloaded: call engine.reload_states() first")
+        self._check_in_place()
         return [piece for piece in underived_pieces(self._layout) if self._writes(piece)]
 
     def prepare_restore(
@@ -261,6 +260,18 @@ class EngineState:
     def _writes(self, piece: Piece) -> bool:
         """Whether this rank stores its share: tied weights are stored by one stage."""
         return piece.fragment.key.name not in self._mesh.foreign
+
+    def _check_in_place(self) -> None:
+        """Raise CaptureError when the state is elsewhere, or moves while training goes on."""
+        moved = self._offloaded()
+        if moved:
+            raise CaptureError(f"{moved} are offloaded: call engine.reload_states() first")
+        if moves_during_forward(self._engine.optimizer):
+            raise CaptureError(
+                "engine.compile() was given a schedule with DeepCompile's pass move_opt_states, "
+                "which moves the optimizer's state during forward and backward: it cannot be "
+                "copied meanwhile; leave that pass out"
+            )
 
     def _offloaded(self) -> str:
         """What `engine.offload_states()` has moved away, in words."""

@@ -25,6 +25,7 @@ CHECKS = (
     "a_refused_state_changes_nothing",
     "an_optimizer_state_that_is_not_known_is_named",
     "what_is_not_supported_is_refused_by_name",
+    "state_that_is_elsewhere_or_moves_is_neither_described_nor_filled",
     "secondary_shards_of_hpz_do_not_outlive_a_restore",
 )
 

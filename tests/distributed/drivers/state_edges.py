@@ -18,6 +18,8 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm
+from deepspeed.compile.passes import offload_adam_states as deepcompile
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_optimizer_state
 from state_model import CASES, FULL_CASES, Case, Tiny, _zero, build, train
 from state_snapshot import Snapshot, fill, restore, snapshot, stored_tensors
@@ -282,6 +284,28 @@ def what_is_not_supported_is_refused_by_name() -> None:
     ]  # fmt: skip
     for words, make in setups:
         refused(UnsupportedLayoutError, words, partial(provider_for, make()))
+
+
+@check
+def state_that_is_elsewhere_or_moves_is_neither_described_nor_filled() -> None:
+    engine, provider = trained("z3-bf16")
+    state, expected = snapshot(provider), len(provider.pieces())
+    # As engine.offload_states() leaves it, which needs FusedAdam and so a GPU.
+    engine.optimizer.offloaded_states.add(OffloadStateTypeEnum.hp_params)
+    words = "call engine.reload_states() "
+    refused(CaptureError, words, provider.pieces)
+    refused(CaptureError, words, provider.derived_mismatches)
+    stored = stored_tensors(state)
+    refused(UnsupportedLayoutError, words, partial(provider.prepare_restore, stored))
+    engine.optimizer.offloaded_states.clear()
+    assert len(provider.pieces()) == expected
+    deepcompile.optimizer = engine.optimizer  # As engine.compile(schedule=...) leaves it.
+    try:
+        refused(CaptureError, "move_opt_states", provider.pieces)
+    finally:
+        deepcompile.optimizer = None
+    assert len(provider.pieces()) == expected
+    same(state, snapshot(provider))
 
 
 @check

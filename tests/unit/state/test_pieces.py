@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptimizer_Stage3
 
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Extent, Fragment, Holding, StoredTensor, TensorKey
@@ -130,6 +131,7 @@ def test_offload_that_is_not_supported_is_refused_by_name(
         ("has_moe_layers", True, "mixture of experts in ZeRO stage 3"),
         ("mp_world_size", 4, "tensor parallelism of 4 by something else"),
         ("zenflow", True, "ZenFlow"),
+        ("optimizer", object.__new__(SuperOffloadOptimizer_Stage3), "SuperOffload"),
         ("_config", SimpleNamespace(compile_config=SimpleNamespace(
             deepcompile=True, offload_opt_states=True)), "DeepCompile's offload_opt_states"),
     ],
