@@ -193,6 +193,11 @@ def _array_header(count: int) -> bytes:
     return bytes(packer.bytes())
 
 
+_EXTENDED_BYTES = 10
+_HAS_PADDING = np.finfo(np.longdouble).nmant == 63
+"""Whether numpy's long double is x87's, of 80 bits."""
+
+
 def _refusal(value: Any) -> str:
     kind = type(value)
     return (
@@ -242,7 +247,7 @@ def _put_bytearray(packer: msgpack.Packer, value: bytearray) -> None:
 def _put_scalar(packer: msgpack.Packer, value: np.generic) -> None:
     dtype = _dtype_text(value.dtype)
     # numpy gives an empty string one element's room when it makes an array of it.
-    data = np.asarray(value).tobytes()[: value.dtype.itemsize]
+    data = _bytes_of(np.asarray(value))[: value.dtype.itemsize]
     payload = msgpack.packb([dtype, data], use_bin_type=True)
     packer.pack_ext_type(int(Code.SCALAR), payload)
 
@@ -251,8 +256,21 @@ def _put_array(packer: msgpack.Packer, value: np.ndarray[Any, Any]) -> None:
     dtype = _dtype_text(value.dtype)
     if value.dtype.itemsize == 0:
         raise _Unstorable(f"an array of dtype {dtype}, whose elements have no bytes")
-    payload = msgpack.packb([dtype, list(value.shape), value.tobytes("C")], use_bin_type=True)
+    payload = msgpack.packb([dtype, list(value.shape), _bytes_of(value)], use_bin_type=True)
     packer.pack_ext_type(int(Code.ARRAY), payload)
+
+
+def _bytes_of(array: np.ndarray[Any, Any]) -> bytes:
+    """Its elements in row-major order, with zeros where an element has bytes of no meaning.
+
+    Those of x87's extended precision are whatever was in memory, so that equal values would differ.
+    """
+    data = array.tobytes("C")
+    if not (_HAS_PADDING and array.dtype.char in "gG"):
+        return data
+    elements = np.frombuffer(data, np.uint8).reshape(-1, np.dtype("g").itemsize).copy()
+    elements[:, _EXTENDED_BYTES:] = 0
+    return elements.tobytes()
 
 
 def _put_array_data(packer: msgpack.Packer, value: ArrayData) -> None:
