@@ -2,14 +2,16 @@
 
 The model is the weakest that POSIX allows (Pillai et al., OSDI 2014, section 3): what was not
 fsynced may be there or not, in any order. Of the writes to a file since its last fsync each may be
-absent, whole, torn at a sector or a page, or present in size only (zeros). Of the changes to a
-directory since its last fsync any subset may have happened; a rename happens in one step. An fsync
-of a file says nothing about its name, one of a directory nothing about the directory's own name.
+absent, whole, torn at a sector or a page (in the middle, or `every_tear`), or present in size only
+(zeros). Of the changes to a directory since its last fsync any subset may have happened; a rename
+happens in one step. An fsync of a file says nothing about its name, one of a directory nothing
+about the directory's own name.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import shutil
@@ -149,9 +151,25 @@ class RecordingDisk:
         return self._nodes[status.st_ino]
 
 
-Choice = Literal["absent", "whole", "torn-512", "torn-4096", "zeros"]
+SECTOR_BYTES = 512
+"""What a device writes in one piece at least; a page of 4096 bytes is a multiple."""
+Choice = Literal["absent", "whole", "torn-512", "torn-4096", "zeros"] | int
+"""What became of a change; of a write also how many of its bytes are there, from the first on."""
 _OF_WRITES: tuple[Choice, ...] = ("absent", "whole", "torn-512", "torn-4096", "zeros")
 _OF_NAMES: tuple[Choice, ...] = ("absent", "whole")
+
+
+def choices_of(operation: Operation, *, every_tear: bool) -> tuple[Choice, ...]:
+    """What may have become of a change that was not fsynced.
+
+    With `every_tear` a write may be torn at each boundary of a sector, not only in its middle.
+    """
+    if operation.kind != "write":
+        return _OF_NAMES
+    if not every_tear:
+        return _OF_WRITES
+    first = SECTOR_BYTES - operation.offset % SECTOR_BYTES
+    return ("absent", "whole", "zeros", *range(first, len(operation.data), SECTOR_BYTES))
 
 
 class DiskState:
@@ -180,13 +198,16 @@ class DiskState:
         """The tree (path -> content) without any crash."""
         return self._tree(["whole"] * len(self._pending))
 
-    def crash_states(self, rng: random.Random, limit: int) -> Iterator[dict[str, bytes]]:
+    def count(self, *, every_tear: bool) -> int:
+        """How many states a crash may leave now."""
+        return math.prod(len(choices_of(p, every_tear=every_tear)) for p in self._pending)
+
+    def crash_states(
+        self, rng: random.Random, limit: int, *, every_tear: bool = False
+    ) -> Iterator[dict[str, bytes]]:
         """Trees (path -> content) that a crash may leave now; all if few, else a sample."""
-        options = [_OF_WRITES if p.kind == "write" else _OF_NAMES for p in self._pending]
-        count = 1
-        for option in options:
-            count *= len(option)
-        if count <= limit:
+        options = [choices_of(p, every_tear=every_tear) for p in self._pending]
+        if self.count(every_tear=every_tear) <= limit:
             for choices in itertools.product(*options):
                 yield self._tree(choices)
             return
@@ -227,11 +248,15 @@ class CrashStates:
     that changes what is right, then judge what `laid_out` yields.
     """
 
-    def __init__(self, top: int, place: Path, *, seed: int, per_point: int) -> None:
-        self._place, self._per_point = place, per_point
+    def __init__(
+        self, top: int, place: Path, *, seed: int, per_point: int, every_tear: bool = False
+    ) -> None:
+        self._place, self._per_point, self._every_tear = place, per_point, every_tear
         self._state, self._rng = DiskState(top), random.Random(seed)
         self._seen: set[int] = set()
         self.states = self.distinct = 0
+        self.sampled = 0
+        """After how many entries there were more states than `per_point`."""
 
     def take(self, operation: Operation) -> None:
         """Make the next change of the log."""
@@ -243,7 +268,10 @@ class CrashStates:
 
     def laid_out(self) -> Iterator[dict[str, bytes]]:
         """Each state (path -> content) that has not been judged yet, while it lies at the place."""
-        for tree in self._state.crash_states(self._rng, self._per_point):
+        self.sampled += self._state.count(every_tear=self._every_tear) > self._per_point
+        for tree in self._state.crash_states(
+            self._rng, self._per_point, every_tear=self._every_tear
+        ):
             self.states += 1
             print_of = hash(frozenset(tree.items()))
             if print_of in self._seen:
@@ -289,7 +317,9 @@ def _make(operation: Operation, choice: Choice, content: dict[int, bytes], names
 
 def _write(operation: Operation, choice: Choice, content: dict[int, bytes]) -> None:
     data, start = operation.data, operation.offset
-    if choice.startswith("torn"):
+    if isinstance(choice, int):
+        data = data[:choice]
+    elif choice.startswith("torn"):
         # The first half, cut at the granularity that the device writes in one piece.
         unit = int(choice.removeprefix("torn-"))
         data = data[: len(data) // 2 // unit * unit]

@@ -8,7 +8,9 @@ with the real readers. Leaving out any one fsync must be noticed.
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from spotspeed.core.owner import Identity
 from spotspeed.core.retention import Keep
 from spotspeed.storage.contract import Storage
 from spotspeed.storage.local import LocalStorage
-from spotspeed.testing.crash_disk import CrashStates, Operation, RecordingDisk
+from spotspeed.testing.crash_disk import CrashStates, DiskState, Operation, RecordingDisk
 from spotspeed.testing.promises import Call, Promises, PromisingStorage
 
 SEED = 20_261_101
@@ -125,6 +127,17 @@ def train_and_restart(job: Job) -> None:
     release(again, 2)
 
 
+def save_once(job: Job) -> None:
+    """Two ranks claim the path, save, seal, and close."""
+    storage = job.process()
+    claim_epoch(storage, identity=WHO)
+    record_restored_from(storage, 1, None)
+    for rank in (0, 1):
+        job.write(storage, ticket(1, 10), rank)
+        job.seal(storage, ticket(1, 10))
+    release(storage, 1)
+
+
 def race_at_every_fsync(job: Job) -> None:
     """A second process does the same in the middle of each step of the first."""
     one = job.process()
@@ -162,14 +175,15 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
 
 def explore(
     scenario: Callable[[Job], None], workplace: Path, *, per_point: int, without: str = "",
-    stop_at_first: bool = False,
+    stop_at_first: bool = False, every_tear: bool = False,
 ) -> tuple[CrashStates, list[str], RecordingDisk]:  # fmt: skip
     """Run `scenario`, then check the crash states after every entry of its log."""
     top, place = workplace / "disk", workplace / "state"
     top.mkdir()
     disk = RecordingDisk(top, without=without)
     scenario(Job(disk, top / ROOT))
-    crash = CrashStates(disk.top, place, seed=SEED, per_point=per_point)
+    crash = CrashStates(disk.top, place, seed=SEED, per_point=per_point,
+                        every_tear=every_tear)  # fmt: skip
     promises, sealed, broken = Promises(), set[str](), list[str]()
     for position, entry in enumerate(disk.log):
         if isinstance(entry, Operation):
@@ -209,10 +223,37 @@ def judge(root: Path, promises: Promises, sealed: set[str]) -> list[str]:
 
 
 def test_a_crash_at_any_instant_breaks_no_promise(workplace: Path) -> None:
-    crash, broken, disk = explore(train_and_restart, workplace, per_point=24)
+    crash, broken, disk = explore(train_and_restart, workplace, per_point=24, every_tear=True)
     assert broken == []
     assert crash.states >= 4000
     assert len(disk.syncs) >= 6
+
+
+def test_a_small_epoch_is_explored_exhaustively(workplace: Path) -> None:
+    """Every subset of what was not synced, each write torn at every sector, after every entry."""
+    crash, broken, _ = explore(save_once, workplace, per_point=sys.maxsize, every_tear=True)
+    assert broken == []
+    assert crash.sampled == 0, "after each entry all states were laid out, not a sample"
+    assert crash.states >= 50_000 and crash.distinct >= 500
+
+
+def test_the_states_of_one_file_are_all_there(tmp_path: Path) -> None:
+    """Its name is there or not, and its content is one of what a torn write may leave."""
+    disk, data = RecordingDisk(tmp_path), bytes(range(256)) * 36
+    top = os.open(tmp_path, os.O_RDONLY)
+    file = disk.create_file(top, "file")
+    disk.write(file, memoryview(data), 0)
+    for descriptor in (file, top):
+        disk.close(descriptor)
+    state = DiskState(disk.top)
+    for entry in disk.log:
+        assert isinstance(entry, Operation)
+        state.apply(entry)
+    found = list(state.crash_states(random.Random(SEED), sys.maxsize, every_tear=True))
+    contents = {b"", bytes(len(data)), data, *(data[:at] for at in range(512, len(data), 512))}
+    assert data[:512] in contents and data[:4096] in contents and data[:8192] in contents
+    assert {tree["file"] for tree in found if tree} == contents
+    assert len(found) == 2 * len(contents) == state.count(every_tear=True)
 
 
 @pytest.mark.full
@@ -221,7 +262,7 @@ def test_a_hundred_thousand_crash_states_break_no_promise(workplace: Path) -> No
     for scenario, per_point in ((train_and_restart, 1500), (race_at_every_fsync, 1500)):
         place = workplace / scenario.__name__
         place.mkdir()
-        crash, broken, _ = explore(scenario, place, per_point=per_point)
+        crash, broken, _ = explore(scenario, place, per_point=per_point, every_tear=True)
         assert broken == []
         states += crash.states
     assert states >= 100_000
