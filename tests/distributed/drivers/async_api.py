@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,14 +20,18 @@ from engines import RANK, WORLD_SIZE, main, make, raises, train
 import spotspeed
 from spotspeed import events
 from spotspeed.checkpoint import passing, queue
+from spotspeed.checkpoint.keep_record import KeepRecord, read_keep
+from spotspeed.core.retention import Keep
 from spotspeed.errors import (
     CaptureError,
     ConfigError,
     CoordinationError,
     ObjectNotFoundError,
     SpotSpeedError,
+    StorageError,
 )
 from spotspeed.staging.sources import CopyPlan
+from spotspeed.storage.local import LocalStorage
 
 FOLDER = Path(sys.argv[1])
 
@@ -235,6 +242,58 @@ def check_a_save_that_fails_is_an_error_for_whoever_waits_and_training_goes_on()
         path.unlink()
     train(engine, 1)
     engine.destroy()
+
+
+def check_training_goes_on_over_a_full_disk_and_is_saved_when_there_is_room() -> None:
+    disk, other, path = FOLDER / "disk", FOLDER / "disk" / "others", FOLDER / "disk" / "run"
+    block = {"path": str(path), "interval": {"seconds": None}, "keep": {"last": 1}}
+    engine = make(2, spotspeed=block)
+    if RANK == 0:
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False)
+    torch.distributed.barrier()
+    if os.path.ismount(disk):  # Else this user may not mount.
+        try:
+            train_over_a_full_disk(engine, path, other)
+        finally:
+            RANK or subprocess.run(["umount", "-l", str(disk)], check=True)
+    engine.destroy()
+
+
+def train_over_a_full_disk(engine, path: Path, other: Path) -> None:
+    checkpointer = spotspeed.attach(engine)
+    train(engine, 1)
+    first = checkpointer.save().wait(60)
+    if RANK == 0:
+        fill(other)
+    torch.distributed.barrier()
+    train(engine, 1)
+    handle = checkpointer.save()
+    train(engine, 2)
+    error = raises(StorageError, lambda: handle.wait(60))
+    assert "no space is left" in str(error) and "missing" in str(error), error
+    torch.distributed.barrier()
+    assert not list(path.glob(f"{handle.ticket.directory}/*")), "its space is given back"
+    assert spotspeed.list_checkpoints(str(path))[0].digest == first.digest
+    assert spotspeed.open_checkpoint(str(path)).read("body.0.weight", "fp32").any()
+    torch.distributed.barrier()
+    if RANK == 0:
+        other.unlink()
+    torch.distributed.barrier()
+    train(engine, 1)
+    checkpointer.close()
+    assert [found.step for found in spotspeed.list_checkpoints(str(path))] == [5, 1]
+    assert read_keep(LocalStorage(path)) == KeepRecord(Keep(1), has_tiers=False)
+    torch.distributed.barrier()
+
+
+def fill(file: Path) -> None:
+    """Take all the room that the disk has left."""
+    with file.open("wb", buffering=0) as taken:
+        for size in (1 << 16, 1 << 12):
+            with contextlib.suppress(OSError):
+                while taken.write(bytes(size)) == size:
+                    pass
 
 
 def check_ranks_that_disagree_are_told() -> None:
