@@ -5,7 +5,6 @@ Everything is measured or looked up now; the store is written to for about a sec
 
 from __future__ import annotations
 
-import glob
 import importlib.metadata
 import importlib.util
 import os
@@ -19,6 +18,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
+from spotspeed.build_locks import abandoned_locks, filesystem_of
 from spotspeed.checkpoint.catalog import scan
 from spotspeed.checkpoint.ownership import read_owner
 from spotspeed.coordinator.notice.detect import find_platform
@@ -168,13 +168,6 @@ def measure_copy(size_bytes: int = 64 * 1024 * 1024) -> float:
     return size_bytes / best_s
 
 
-def stale_build_locks(environ: Mapping[str, str], *, older_s: float = 600.0) -> list[str]:
-    """Locks of operator builds that were killed: the next start waits for them for ever."""
-    root = environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
-    found = glob.glob(os.path.join(root, "**", "lock"), recursive=True)
-    return [lock for lock in found if _age_s(lock) > older_s]
-
-
 def _software() -> Iterator[Finding]:
     has_native = importlib.util.find_spec("spotspeed._native") is not None
     yield Finding("native extension", "ok" if has_native else "bad",
@@ -201,9 +194,10 @@ def _machine(environ: Mapping[str, str]) -> Iterator[Finding]:
         grace = "an unknown time" if place.grace_s is None else f"{place.grace_s:g} s"
         yield Finding("runs under", "ok", f"{place.name} ({place.why}): SIGKILL {grace} after its "
                       f"signal; `notice.deadline_s` replaces that")  # fmt: skip
-    for lock in stale_build_locks(environ):
+    for lock in abandoned_locks(environ):
         yield Finding("operator build", "bad",
-                      f"{lock} is left over from a build that was killed; remove it")  # fmt: skip
+                      f"{lock.path} is left over from a build that was killed; "
+                      f"remove it")  # fmt: skip
 
 
 def _place(storage: Storage) -> Iterator[Finding]:
@@ -222,25 +216,3 @@ def _place(storage: Storage) -> Iterator[Finding]:
     if owner is not None and owner.state == "training":
         yield Finding("owner", "note",
                       f"epoch {owner.epoch} on {owner.identity.host} was training")  # fmt: skip
-
-
-def filesystem_of(path: str, mounts: str = "/proc/mounts") -> str:
-    """The type of the file system that `path` lies on, "unknown" where that cannot be told."""
-    real, best = os.path.realpath(path), ("", "unknown")
-    try:
-        lines = Path(mounts).read_text().splitlines()
-    except OSError:
-        return best[1]
-    for line in lines:
-        _, point, kind = line.split()[:3]
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best[0]):
-            best = (point, kind)
-    return best[1]
-
-
-def _age_s(path: str) -> float:
-    try:
-        return time.time() - os.stat(path).st_mtime
-    except OSError:
-        return 0.0

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spotspeed.doctor import filesystem_of, measure_store, stale_build_locks
+from spotspeed.build_locks import filesystem_of
+from spotspeed.doctor import measure_store
 from spotspeed.storage import open_storage
 
 
@@ -35,9 +36,7 @@ def test_a_killed_operator_build_makes_a_machine_unfit_and_is_named(tmp_path: Pa
     lock.parent.mkdir(parents=True)
     lock.touch()
     environ = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    assert stale_build_locks(environ) == [], "a build may be running"
     os.utime(lock, (1.0, 1.0))
-    assert stale_build_locks(environ) == [str(lock)]
     words = [sys.executable, "-m", "spotspeed", "doctor", str(tmp_path / "store")]
     done = subprocess.run(
         words, capture_output=True, text=True, timeout=120, env={**os.environ, **environ}
