@@ -25,6 +25,7 @@ from spotspeed.errors import (
 )
 from spotspeed.supervised import tell
 
+EXIT_DURABLE = 75
 EXIT_NOT_DURABLE = 76
 EXIT_DO_NOT_REQUEUE = 77
 NO_REQUEUE_ERRORS = (ConfigError, OwnedError, ReshardError)
@@ -32,6 +33,8 @@ REQUEUE_ERRORS = (CoordinationError,)
 """Other ranks are gone, or a notice came before there was anything to save."""
 LOSS_ERRORS = (RuntimeError, OSError, CoordinationError)
 """What a rank sees when another is gone: libraries raise these out of a collective."""
+COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
+"""Where collectives are called from."""
 
 
 class ExitWatch:
@@ -46,7 +49,7 @@ class ExitWatch:
         self._close = close
         self._error: BaseException | None = None
         self._expected: int | None = None
-        self._is_disarmed = False
+        self._is_disarmed = self._is_told = False
         self._previous_hook = sys.excepthook
         sys.excepthook = self._on_unhandled
         self._previous_exit = sys.exit
@@ -107,13 +110,25 @@ class ExitWatch:
         if self._is_disarmed:
             return
         try:
+            if not isinstance(self._error, LOSS_ERRORS):
+                self._tell_error()
             self._close(self._error)
+            self._tell_error()
             code = _code_of(type(self._error)) if self._expected is None else self._expected
             if code is not None:
                 self.now(code)
         except Exception:  # the last thing this process does: report it and leave with a code
             traceback.print_exc()
             self.now(EXIT_NOT_DURABLE)
+
+    def _tell_error(self) -> None:
+        """Tell once that the script has failed by itself: a new start would not cure it."""
+        error = self._error
+        if error is None or self._expected is not None or self._is_told:
+            return
+        if is_of_script(error):
+            self._is_told = True
+            tell(error=type(error).__name__)
 
     def _on_exit(self, status: Any = None, /) -> NoReturn:
         """`sys.exit`, which no hook hears of: a code that is not 0 is an error of the script."""
@@ -130,6 +145,24 @@ class ExitWatch:
         code = _code_of(kind) if self._expected is None else self._expected
         if code is not None and not issubclass(kind, LOSS_ERRORS):
             self.now(code)
+
+
+def is_of_script(error: BaseException) -> bool:
+    """Whether `error` comes from the script itself, not from a rank or a host that is gone.
+
+    Where a collective has raised it, nobody knows: other ranks may be gone without a word so far.
+    """
+    kind = type(error)
+    if isinstance(error, SystemExit):
+        return error.code not in (EXIT_DURABLE, EXIT_NOT_DURABLE, EXIT_DO_NOT_REQUEUE)
+    if _code_of(kind) is not None or isinstance(error, (ConnectionError, TimeoutError)):
+        return False
+    if not isinstance(error, LOSS_ERRORS):
+        return True
+    frames = traceback.walk_tb(error.__traceback__)
+    files = (frame.f_code.co_filename.replace(os.sep, "/") for frame, _ in frames)
+    is_collective = any(place in file for file in files for place in COLLECTIVES)
+    return not is_collective and not kind.__module__.startswith("mpi4py")
 
 
 def watch_refusals() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+EXIT_ERROR = 1
+"""What torchrun says of ranks that were killed as well as of those that failed."""
 EXIT_DURABLE = 75
 EXIT_NOT_DURABLE = 76
 EXIT_DO_NOT_REQUEUE = 77
@@ -31,7 +33,9 @@ class Traces:
     """What a launch left behind. `rank_codes` are those with which ranks said that they leave.
 
     `closed` of the `attached` ranks have closed their checkpointer; `is_notice_sealed`: the store
-    holds a sealed checkpoint of this launch that a notice caused.
+    holds a sealed checkpoint of this launch that a notice caused. `errors` name what the scripts of
+    ranks have failed with by themselves. `is_noticed`: the supervisor was told to leave before the
+    end; `is_ended`: it has ended the launch.
     """
 
     launcher_code: int
@@ -39,6 +43,9 @@ class Traces:
     attached: int = 0
     closed: int = 0
     is_notice_sealed: bool = False
+    errors: tuple[str, ...] = ()
+    is_noticed: bool = False
+    is_ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +60,17 @@ class Verdict:
 def judge(traces: Traces) -> Verdict:
     """The end of a launch by what its ranks said and what is durable; the launcher's code last.
 
-    torchrun gives 1 whatever its ranks returned, and mpirun 0 after a lost node.
+    torchrun gives 1 whatever its ranks returned, and mpirun 0 after a lost node. When the script
+    of one rank fails, the others leave as they do when a rank is lost: its word is the first.
     """
     launcher, codes = traces.launcher_code, traces.rank_codes
     durable = [code for code in codes if code not in (EXIT_NOT_DURABLE, EXIT_DO_NOT_REQUEUE)]
     if EXIT_DO_NOT_REQUEUE in (launcher, *codes):
         return Verdict(Ending.REFUSED, EXIT_DO_NOT_REQUEUE, "a rank says: do not start again")
+    if traces.errors:
+        is_plain = launcher in (0, EXIT_DURABLE, EXIT_NOT_DURABLE, *durable)
+        code = EXIT_ERROR if is_plain else launcher
+        return Verdict(Ending.FAILED, code, f"the script failed with {traces.errors[0]}")
     if durable:
         return Verdict(Ending.DURABLE, durable[0], "the ranks say that the last step is durable")
     is_cut_off = traces.closed < traces.attached
@@ -68,12 +80,22 @@ def judge(traces: Traces) -> Verdict:
         return Verdict(Ending.NOT_DURABLE, EXIT_NOT_DURABLE, "the last step is not durable")
     if launcher == EXIT_DURABLE:
         return Verdict(Ending.DURABLE, EXIT_DURABLE, "the launcher says that it is durable")
-    if launcher == 0 and traces.attached and not traces.closed:
+    return _without_a_word(traces)
+
+
+def _without_a_word(traces: Traces) -> Verdict:
+    """The verdict where neither a rank nor the store says how the launch ended."""
+    launcher, is_silent = traces.launcher_code, traces.attached > 0 and not traces.closed
+    if launcher == 0 and is_silent:
         return Verdict(Ending.LOST, EXIT_NOT_DURABLE,
                        "the launcher says 0, but no rank has come to its end")  # fmt: skip
     if launcher == 0:
         return Verdict(Ending.DONE, 0, "done")
-    if launcher in LOST_CODES:
+    is_lost = launcher in LOST_CODES or (launcher == EXIT_ERROR and is_silent)
+    if traces.is_noticed and (traces.is_ended or is_lost):
+        return Verdict(Ending.NOT_DURABLE, EXIT_NOT_DURABLE,
+                       "interrupted, and nobody says that the last step is durable")  # fmt: skip
+    if is_lost:
         return Verdict(Ending.LOST, launcher, f"killed, exit code {launcher}")
     return Verdict(Ending.FAILED, launcher, f"failed with exit code {launcher}")
 

@@ -38,6 +38,18 @@ DURABLE = Verdict(Ending.DURABLE, 75, "durable")
     (Traces(247), Ending.LOST, 247),
     (Traces(1), Ending.FAILED, 1),
     (Traces(139), Ending.FAILED, 139),
+    (Traces(139, attached=2), Ending.FAILED, 139),
+    (Traces(1, rank_codes=(76,), errors=("ValueError",)), Ending.FAILED, 1),
+    (Traces(75, rank_codes=(75,), errors=("ValueError",)), Ending.FAILED, 1),
+    (Traces(3, attached=1, closed=1, errors=("SystemExit",)), Ending.FAILED, 3),
+    (Traces(1, rank_codes=(77,), errors=("ValueError",)), Ending.REFUSED, 77),
+    (Traces(1, attached=2), Ending.LOST, 1),
+    (Traces(1, attached=2, closed=2), Ending.FAILED, 1),
+    (Traces(143, is_noticed=True, is_ended=True), Ending.NOT_DURABLE, 76),
+    (Traces(1, attached=2, is_noticed=True, is_ended=True), Ending.NOT_DURABLE, 76),
+    (Traces(137, attached=2, is_noticed=True), Ending.NOT_DURABLE, 76),
+    (Traces(9, is_noticed=True), Ending.FAILED, 9),
+    (Traces(0, is_noticed=True, is_ended=True), Ending.DONE, 0),
 ])  # fmt: skip
 def test_the_ranks_and_the_store_decide_before_the_launchers_code(
     traces: Traces, ending: Ending, code: int
