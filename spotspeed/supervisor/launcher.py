@@ -25,6 +25,8 @@ class Place:
     ranks: int | None = None
     hostfile: str | None = None
     port: int | None = None
+    master: str | None = None
+    """The MASTER_ADDR instead of the one in the environment."""
 
 
 def launcher_name(command: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -12,8 +13,13 @@ import pytest
 from spotspeed.cli_job import parse_plan
 from spotspeed.core.relaunch import Batch
 from spotspeed.errors import ConfigError
+from spotspeed.supervisor import hosts as hosts_module
 from spotspeed.supervisor.hosts import (
     Host,
+    addresses,
+    answers_ssh,
+    is_here,
+    new_master,
     reachable,
     read_batch,
     read_hostfile,
@@ -82,6 +88,46 @@ def test_a_hostfile_is_read_written_and_cut_to_the_hosts_that_answer(tmp_path: P
     left = reachable(hosts, lambda name: name != "b")
     write_hostfile(str(file), left)
     assert read_hostfile(str(file)) == [Host("a", 4), Host("c", 1)]
+
+
+def test_this_machine_needs_no_ssh_by_whichever_of_its_names_and_addresses() -> None:
+    names = ("localhost", socket.gethostname(), "127.0.0.1", "127.0.1.1", *addresses("localhost"))
+    for name in names:
+        assert is_here(name) and answers_ssh(name), name
+    assert not is_here("192.0.2.1"), "an address for documentation (RFC 5737)"
+    assert not is_here("no-such-host.invalid")
+
+
+def test_a_host_is_asked_at_the_port_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts_module, "is_here", lambda name: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert answers_ssh("127.0.0.1", port)
+    assert not answers_ssh("127.0.0.1", port)
+
+
+def test_a_host_is_asked_where_ssh_would_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        ssh = tmp_path / "ssh"
+        ssh.write_text(
+            f'#!/bin/sh\necho "user me"\necho "hostname 127.0.0.1"\necho "port {port}"\n'
+        )
+        ssh.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr(hosts_module, "is_here", lambda name: False)
+        assert answers_ssh("an-alias")
+
+
+def test_a_master_that_is_gone_is_replaced_by_the_first_host_left() -> None:
+    hosts = [Host("192.0.2.1", 1), Host("192.0.2.2", 1), Host("192.0.2.3", 1)]
+    assert new_master("192.0.2.1", hosts, hosts[1:]) == "192.0.2.2"
+    assert new_master("192.0.2.2", hosts, hosts[1:]) is None
+    assert new_master("198.51.100.7", hosts, hosts[1:]) is None, "another network of the hosts"
+    assert new_master("localhost", [Host("127.0.0.1", 1), hosts[0]], hosts[:1]) == "192.0.2.1"
+    assert new_master(None, hosts, hosts[1:]) is None
 
 
 def test_a_line_that_is_no_host_is_named(tmp_path: Path) -> None:
