@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
+import pathlib
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -30,6 +33,7 @@ from spotspeed.core.relaunch import Policy
 from spotspeed.doctor import Diagnosis, diagnose
 from spotspeed.supervisor.notifying import Told, notify, paths_here, wait_durable
 from spotspeed.supervisor.supervise import Plan, supervise
+from spotspeed.supervisor.watching import Deadline
 from spotspeed.testing.metadata import MetadataService
 
 EXIT_NOT_DURABLE = 1
@@ -44,17 +48,28 @@ PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_
 @reported
 def supervise_(context: typer.Context) -> None:
     """Run a launcher, give its ranks the full notice, wait until all is durable, start again."""
-    raise typer.Exit(supervise(parse_plan(context.args), _say))
+    plan, report = parse_supervise(context.args)
+    runs = supervise(plan, _say)
+    if report is not None:
+        document = {"command": plan.command, "code": runs[-1].code,
+                    "launches": [asdict(run) for run in runs]}  # fmt: skip
+        pathlib.Path(report).write_text(json.dumps(document, indent=2) + "\n")
+    raise typer.Exit(runs[-1].code)
 
 
 def parse_plan(words: list[str]) -> Plan:
-    """What the words after `spotspeed supervise` ask for; exits with 2 when they make no sense."""
+    """What the words after `spotspeed supervise` ask to run."""
+    return parse_supervise(words)[0]
+
+
+def parse_supervise(words: list[str]) -> tuple[Plan, str | None]:
+    """The plan and the file for the report, if any; exits with 2 when they make no sense."""
     parser = argparse.ArgumentParser(
         prog="spotspeed supervise", usage="%(prog)s [OPTION ...] -- LAUNCHER ...",
         allow_abbrev=False,
         description="Run a launcher. TERM, INT, HUP and USR1 become a notice to its ranks; a "
-        "second Ctrl-C ends everything now. Exit codes: 75 interrupted and durable, 76 not "
-        "durable, 77 do not start again, else the launcher's own.",
+        "second Ctrl-C, or Ctrl-\\, ends everything now. Exit codes: 75 interrupted and durable, "
+        "76 not durable, 77 do not start again, else the launcher's own.",
         epilog="{ranks}, {hostfile} and {port} in the command are filled in before each launch.",
     )  # fmt: skip
     add = parser.add_argument
@@ -66,25 +81,32 @@ def parse_plan(words: list[str]) -> Plan:
     add("--min-ranks", type=int, default=1, help="do not run on fewer ranks (1)")
     add("--hostfile", help="lines 'name slots=N', read before each launch; hosts that answer count")
     add("--ds-config", help="choose {ranks} so that this config's global batch stays the same")
-    add("--deadline", type=float, help="seconds that a notice leaves (120, or what the scheduler "
-        "leaves)")  # fmt: skip
+    add("--ssh-port", type=int, help="where hosts are asked (as ssh is configured for each)")
+    add("--deadline", type=float, help="seconds that a notice leaves; the ranks plan with it (the "
+        "job's notice.deadline_s)")  # fmt: skip
+    add("--json", metavar="FILE", help="write one JSON document there: how each launch ended "
+        "(stdout is the launcher's)")  # fmt: skip
     add("--no-watch-host", action="store_true", help="leave this host's metadata service alone")
     add("command", nargs=argparse.REMAINDER, metavar="-- LAUNCHER ...", help="what to run")
     given = parser.parse_args(words)
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     if not command:
         parser.error("no launcher: spotspeed supervise -- mpirun -n 2 python train.py")
-    return Plan(
+    plan = Plan(
         tuple(command), relaunch=given.relaunch,
         policy=Policy(given.max_restarts, given.window, given.backoff), ranks=given.ranks,
         min_ranks=given.min_ranks, hostfile=given.hostfile, ds_config=given.ds_config,
-        deadline_s=given.deadline or signal_deadline_s(os.environ, NOTICE_S),
-        watch_host=not given.no_watch_host,
+        deadline=Deadline(given.deadline or signal_deadline_s(os.environ, NOTICE_S),
+                          is_stated=given.deadline is not None),
+        watch_host=not given.no_watch_host, ssh_port=given.ssh_port,
     )  # fmt: skip
+    return plan, given.json
 
 
 def _say(line: str) -> None:
-    errors.print(f"spotspeed supervise: {line}", markup=False, soft_wrap=True)
+    # After SIGHUP the terminal is gone: that is when the ranks must still be told.
+    with contextlib.suppress(OSError):
+        errors.print(f"spotspeed supervise: {line}", markup=False, soft_wrap=True)
 
 
 class Cloud(StrEnum):

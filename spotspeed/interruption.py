@@ -88,7 +88,7 @@ class Interruption:
         assert self._session is not None
         url, epoch = self._session.storage.url, self._session.epoch
         events.emit(events.Attached(url, epoch, self._rank, world_size, provider))
-        tell(attached=self._rank, epoch=epoch, path=url)
+        tell(attached=self._rank, epoch=epoch, path=url, deadline_s=self._config.notice.deadline_s)
 
     def follow(self, handle: SaveHandle) -> None:
         """A save has been asked for: learn what it takes, and collect what it makes old."""

@@ -30,7 +30,7 @@ from spotspeed.core.deadline import (
 )
 from spotspeed.core.saver_protocol import Cost
 from spotspeed.state.late import GRACE_S
-from spotspeed.supervised import VARIABLE
+from spotspeed.supervised import VARIABLES
 
 AGREEMENT_S = 0.1
 """From a notice until all ranks know the step, unless it was seen to take longer."""
@@ -210,7 +210,7 @@ def launcher_grace_s(environ: Mapping[str, str]) -> float | None:
     cannot tell whether a SIGTERM came from there, and whoever passes a notice on is told to send
     SIGUSR1.
     """
-    if environ.get(VARIABLE):
+    if any(map(environ.get, VARIABLES)):
         return None
     is_killing = "TORCHELASTIC_RUN_ID" in environ or "CROSS_RANK" in environ
     return LAUNCHER_GRACE_S if is_killing else None

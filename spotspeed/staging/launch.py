@@ -10,9 +10,9 @@ from pathlib import Path
 
 from spotspeed.core.saver_protocol import socket_name
 from spotspeed.errors import StorageError
+from spotspeed.supervised import VARIABLES
 
-LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_LOCAL",
-                     "SPOTSPEED_SUPERVISED")  # fmt: skip
+LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_LOCAL", *VARIABLES)
 """Environment by which a launcher or a supervisor recognises its processes; the saver is none of
 them."""
 START_TIMEOUT_S = 60.0

@@ -6,10 +6,10 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from spotspeed.supervised import VARIABLE
+from spotspeed.supervised import VARIABLES
 
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 NOTICE_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -23,8 +23,10 @@ class Member:
 
     pid: int
     ticks: int
+    is_attached: bool
+    """Whether it has said that it is a rank with a checkpointer."""
     is_rank: bool
-    """Whether a launcher gave it a rank: a rank itself, or a process that a rank has started."""
+    """That, or a launcher gave it a rank: it may attach still, or be a rank's child."""
     caught: int
     """Bit n - 1: it has a handler for signal n."""
 
@@ -32,20 +34,23 @@ class Member:
     def hears(self) -> signal.Signals | None:
         """The signal by which it hears a notice, None when any would kill it or do nothing.
 
-        Workers that a rank has forked have default handlers, and shells around it have none.
+        Only a rank that has attached takes a signal for a notice. DataLoader workers have a handler
+        for SIGTERM from torch, which ends them, and their rank with them.
         """
-        if not self.is_rank:
+        if not self.is_attached:
             return None
         return next((n for n in NOTICE_SIGNALS if self.caught >> (n - 1) & 1), None)
 
 
-def members(mark: str, environ: Mapping[str, str] = os.environ) -> list[Member]:
-    """This user's processes that carry `mark`.
+def members(
+    mark: str, attached: Collection[int] = (), environ: Mapping[str, str] = os.environ
+) -> list[Member]:
+    """This user's processes that carry `mark`; `attached` are the ids that ranks have told.
 
     A launcher that leaves, or forks twice, loses none of them. Variables that are already in
     `environ`, the supervisor's own, do not make a process a rank.
     """
-    wanted = f"{VARIABLE}={mark}".encode()
+    wanted = {f"{name}={mark}".encode() for name in VARIABLES}
     ranks = tuple(f"{n}=".encode() for n in RANK_VARIABLES if n not in environ)
     found = []
     for pid in _pids():
@@ -53,9 +58,10 @@ def members(mark: str, environ: Mapping[str, str] = os.environ) -> list[Member]:
         with contextlib.suppress(OSError, ValueError, IndexError):
             with open(f"/proc/{pid}/environ", "rb") as file:
                 variables = file.read().split(b"\0")
-            if wanted in variables:
-                is_rank = any(variable.startswith(ranks) for variable in variables if ranks)
-                found.append(Member(pid, _ticks(pid), is_rank, _caught(pid)))
+            if not wanted.isdisjoint(variables):
+                is_attached = pid in attached
+                is_rank = is_attached or any(each.startswith(ranks) for each in variables if ranks)
+                found.append(Member(pid, _ticks(pid), is_attached, is_rank, _caught(pid)))
     return found
 
 
@@ -76,17 +82,27 @@ def send(member: Member, number: int) -> bool:
     return True
 
 
-def end_all(find: Callable[[], Iterable[Member]], *, grace_s: float) -> int:
-    """End what `find` still finds: SIGTERM, and SIGKILL after `grace_s`; returns how many."""
+def _rest() -> bool:
+    time.sleep(_POLL_S)
+    return False
+
+
+def end_all(
+    find: Callable[[], Iterable[Member]], *, grace_s: float, is_urgent: Callable[[], bool] = _rest
+) -> int:
+    """End what `find` still finds: SIGTERM, and SIGKILL after `grace_s`; returns how many.
+
+    `is_urgent` is called between two looks, and takes its time: whether the grace is over already.
+    """
     told: set[tuple[int, int]] = set()
-    deadline = time.monotonic() + grace_s
+    deadline, is_late = time.monotonic() + grace_s, False
     while left := list(find()):
-        is_late = time.monotonic() >= deadline
+        is_late = is_late or time.monotonic() >= deadline
         for member in left:
             if is_late or (member.pid, member.ticks) not in told:
                 send(member, signal.SIGKILL if is_late else signal.SIGTERM)
                 told.add((member.pid, member.ticks))
-        time.sleep(_POLL_S)
+        is_late = is_urgent() or is_late
         if is_late and time.monotonic() > deadline + grace_s + 10.0:
             break
     return len(told)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,12 @@ class Job:
 
     def start(
         self, ranks: int, *, launcher: Launcher = by_mpirun, steps: int = ENDLESS,
-        config: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None, more: Sequence[str] = (),
     ) -> Launch:  # fmt: skip
-        """Launch the script; `config` replaces the one that follows from stage and block."""
+        """Launch the script; `config` replaces the one that follows from stage and block.
+
+        `more` are options of the script.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         if config is None:
             config = ds_config(self.stage, {"path": str(self.path), **self.block})
@@ -115,7 +118,7 @@ class Job:
         if self.is_plain:
             words += [*AS_MODULE.get(launcher, ["-m"]), "spotspeed.run"]
         words += [str(self.script), "--config", str(file), "--steps", str(steps),
-                  "--log", str(self.log), *SIZE]  # fmt: skip
+                  "--log", str(self.log), *SIZE, *more]  # fmt: skip
         return Launch(self, port, words)
 
     def records(self) -> list[dict[str, Any]]:

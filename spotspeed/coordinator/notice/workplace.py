@@ -11,6 +11,7 @@ from spotspeed.coordinator.notice.kubernetes import kubernetes_workplace
 from spotspeed.coordinator.notice.sagemaker import sagemaker_workplace
 from spotspeed.coordinator.notice.slurm import slurm_workplace
 from spotspeed.coordinator.notice.vertex import vertex_workplace
+from spotspeed.supervised import ordered_deadline_s
 
 LEAVE_S = 2.0
 """So long before it is killed a rank leaves by itself, to say what is durable."""
@@ -41,8 +42,20 @@ def signal_deadline_s(environ: Mapping[str, str], default_s: float) -> float:
 def settle(config: SpotSpeedConfig, environ: Mapping[str, str]) -> SpotSpeedConfig:
     """`config` with the signals and the deadline of the place where the job runs.
 
-    What the block says itself stays as it is.
+    What the block says itself stays as it is, but a supervisor that was told a deadline ends the
+    job then, whatever else leaves more.
     """
+    settled, ordered_s = _settle_in_place(config, environ), ordered_deadline_s()
+    if ordered_s is None:
+        return settled
+    is_given = "deadline_s" in config.notice.model_fields_set
+    deadline_s = min(config.notice.deadline_s, ordered_s) if is_given else ordered_s
+    notice = settled.notice.model_copy(update={"deadline_s": deadline_s})
+    _logger.info("notices: the supervisor leaves %g s", deadline_s)
+    return settled.model_copy(update={"notice": notice})
+
+
+def _settle_in_place(config: SpotSpeedConfig, environ: Mapping[str, str]) -> SpotSpeedConfig:
     found = find_workplace(environ)
     if found is None:
         return config

@@ -102,7 +102,7 @@ def test_the_grace_period_of_the_pod_covers_hook_and_supervisor() -> None:
     assert variables["SPOTSPEED_POD_GRACE_S"] == "metadata.annotations['spotspeed/grace-s']"
     hook = dict(word.split("=") for word in trainer()["lifecycle"]["preStop"]["exec"]["command"]
                 if "=" in word)  # fmt: skip
-    assert parse_plan(trainer()["command"][2:] + trainer()["args"]).deadline_s < grace_s
+    assert parse_plan(trainer()["command"][2:] + trainer()["args"]).deadline.seconds < grace_s
     assert float(hook["--deadline"]) < grace_s and float(hook["--timeout"]) < grace_s
 
 
@@ -120,10 +120,10 @@ def test_without_a_deadline_a_supervisor_takes_what_the_scheduler_leaves(
 ) -> None:
     for variable in ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "AIP_CHECKPOINT_DIR"):
         monkeypatch.delenv(variable, raising=False)
-    assert parse_plan(["--", "mpirun"]).deadline_s == 120.0
+    assert parse_plan(["--", "mpirun"]).deadline.seconds == 120.0
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    assert parse_plan(["--", "mpirun"]).deadline_s == 28.0
-    assert parse_plan(["--deadline", "300", "--", "mpirun"]).deadline_s == 300.0
+    assert parse_plan(["--", "mpirun"]).deadline.seconds == 28.0
+    assert parse_plan(["--deadline", "300", "--", "mpirun"]).deadline.seconds == 300.0
 
 
 def test_the_batch_script_parses_and_requeues_what_was_interrupted(tmp_path: Path) -> None:

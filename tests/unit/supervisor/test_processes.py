@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from spotspeed.supervised import VARIABLE
+from spotspeed.supervised import EXPORTED, VARIABLE
 from spotspeed.supervisor.processes import Member, end_all, members, send
 
 LISTEN = "import signal, sys; signal.signal(signal.{}, print); print(1, flush=True); "
@@ -27,11 +30,11 @@ class Family:
         self.mark = mark
         self._processes: list[subprocess.Popen[str]] = []
 
-    def start(self, *words: str, **environ: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, mark: str = VARIABLE, **environ: str) -> subprocess.Popen[str]:
         """Returns once the process has written its first line."""
         process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, VARIABLE: self.mark, **environ},
+            env={**os.environ, mark: self.mark, **environ},
         )  # fmt: skip
         self._processes.append(process)
         assert process.stdout is not None
@@ -41,8 +44,9 @@ class Family:
     def python(self, code: str, **environ: str) -> subprocess.Popen[str]:
         return self.start(sys.executable, "-c", code, **environ)
 
-    def find(self) -> dict[int, Member]:
-        return {member.pid: member for member in members(self.mark, environ={})}
+    def find(self, *attached: subprocess.Popen[str]) -> dict[int, Member]:
+        pids = {process.pid for process in attached}
+        return {member.pid: member for member in members(self.mark, pids, environ={})}
 
     def close(self) -> None:
         for process in self._processes:
@@ -59,8 +63,9 @@ def family(tmp_path: Path) -> Iterator[Family]:
 
 def test_a_rank_hears_by_the_signal_that_it_listens_to(family: Family) -> None:
     usr1 = family.python(LISTEN.format("SIGUSR1") + WAIT, RANK="0")
-    term = family.python(LISTEN.format("SIGTERM") + WAIT, OMPI_COMM_WORLD_RANK="1")
-    found = family.find()
+    term = family.python(LISTEN.format("SIGTERM") + WAIT)
+    found = family.find(usr1, term)
+    assert found[usr1.pid].is_rank and found[term.pid].is_rank, "no launcher has to name a rank"
     assert found[usr1.pid].hears is signal.SIGUSR1
     assert found[term.pid].hears is signal.SIGTERM
 
@@ -69,15 +74,30 @@ def test_what_a_signal_would_kill_or_end_is_not_told(family: Family) -> None:
     deaf = family.python("import sys; print(1, flush=True); " + WAIT, RANK="0")
     shell = family.start("bash", "-c", "echo 1; read line; exit", RANK="0")
     launcher = family.python(LISTEN.format("SIGTERM") + WAIT)
-    found = family.find()
-    assert {deaf.pid, shell.pid, launcher.pid} <= set(found)
-    assert [found[process.pid].hears for process in (deaf, shell, launcher)] == [None] * 3
+    worker = family.python(LISTEN.format("SIGTERM") + WAIT, RANK="0")
+    all_ = (deaf, shell, launcher, worker)
+    found = family.find(deaf)
+    assert {process.pid for process in all_} <= set(found)
+    assert [found[process.pid].hears for process in all_] == [None] * 4
+    assert [found[process.pid].is_rank for process in all_] == [True, True, False, True]
+
+
+def test_a_mark_that_deepspeed_passes_on_over_pdsh_is_enough(family: Family) -> None:
+    spec = importlib.util.find_spec("deepspeed")
+    assert spec is not None and spec.origin is not None
+    runner = Path(spec.origin).with_name("launcher") / "runner.py"
+    (prefixes,) = re.findall(r"^EXPORT_ENVS = (\[.*\])$", runner.read_text(), re.MULTILINE)
+    assert any(EXPORTED.startswith(prefix) for prefix in ast.literal_eval(prefixes))
+    process = family.start(sys.executable, "-c", "print(1, flush=True); input()", mark=EXPORTED)
+    assert process.pid in family.find()
 
 
 def test_a_variable_that_the_supervisor_has_itself_makes_no_rank(family: Family) -> None:
     task = family.python(LISTEN.format("SIGTERM") + WAIT, SLURM_PROCID="0")
     (member,) = members(family.mark, environ={"SLURM_PROCID": "0"})
     assert member.pid == task.pid and not member.is_rank
+    (member,) = members(family.mark, {task.pid}, environ={"SLURM_PROCID": "0"})
+    assert member.is_rank and member.hears is signal.SIGTERM, "it has told that it is one"
 
 
 def test_processes_without_the_mark_are_none_of_ours(family: Family) -> None:
@@ -106,6 +126,14 @@ def test_ending_all_reaches_orphans_and_kills_what_does_not_go(family: Family) -
     process = family.python(code)
     assert process.stdout is not None and process.stdout.readline(), "the child is up, too"
     assert len(family.find()) == 2
-    assert end_all(partial(members, family.mark, {}), grace_s=0.2) == 2
+    assert end_all(partial(members, family.mark, (), {}), grace_s=0.2) == 2
     assert process.wait(30) == -signal.SIGKILL
     assert not family.find()
+
+
+def test_whoever_calls_again_ends_the_grace(family: Family) -> None:
+    code = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True)"
+    process = family.python(f"{code}; {WAIT}")
+    find = partial(members, family.mark, (), {})
+    assert end_all(find, grace_s=600.0, is_urgent=lambda: True) == 1
+    assert process.wait(30) == -signal.SIGKILL
