@@ -84,7 +84,8 @@ def load(options: argparse.Namespace, engine: Any) -> dict[str, Any]:
     asked = bytes_asked()
     first_s = timed(lambda: restore_agreed(traced, seat))
     asked = bytes_asked() - asked
-    needed = sum(piece.fragment.size_bytes for piece in checkpointer._provider.pieces())
+    # What several ranks of this one node have is needed once.
+    needed = sum(piece.share.fragment.size_bytes for piece in checkpointer._provider.pieces())
     original_load = type(engine).load_checkpoint.__wrapped__
     ours, theirs = [], []
     for number in range(options.rounds):

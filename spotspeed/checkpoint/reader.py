@@ -115,18 +115,29 @@ class CheckpointReader:
         InvalidLayoutError when the checkpoint does not hold what is asked, ValueError for a
         buffer of another size.
         """
-        shards = self._open()
         targets = [_target(fragment, buffer) for fragment, buffer in requests]
-        plan = plan_reads(self._tensors, [fragment for fragment, _ in requests])
-        spans: list[Span] = []
+        wanted_bytes, spans = self.plan([fragment for fragment, _ in requests])
+        bytes_read = self.read_spans(spans, targets)
+        chunks = sum(len(span.chunks) for span in spans)
+        return ReadReport(wanted_bytes, bytes_read, len(spans), chunks)
+
+    def plan(self, fragments: Sequence[Fragment]) -> tuple[int, list[Span]]:
+        """The bytes of `fragments`, and the reads of whole chunks that serve them.
+
+        Raises InvalidLayoutError when the checkpoint does not hold what is asked.
+        """
+        shards, spans = self._open(), list[Span]()
+        plan = plan_reads(self._tensors, fragments)
         for shard, transfers in plan.by_shard().items():
             spans += plan_spans(shards[shard], transfers)
-        read = in_parallel(
+        return plan.size_bytes, spans
+
+    def read_spans(self, spans: Sequence[Span], targets: Sequence[memoryview]) -> int:
+        """Read, verify and deliver planned reads; returns the bytes read. Raises as `read_into`."""
+        return sum(in_parallel(
             lambda span: fetch(self._storage, span, targets, self._near), spans,
             threads=self._threads,
-        )  # fmt: skip
-        chunks = sum(len(span.chunks) for span in spans)
-        return ReadReport(plan.size_bytes, sum(read), len(spans), chunks)
+        ))  # fmt: skip
 
     def read_tensor(
         self, key: TensorKey, start: int = 0, stop: int | None = None

@@ -14,6 +14,7 @@ from spotspeed.checkpoint.catalog import CheckpointInfo, find, scan_mended
 from spotspeed.checkpoint.fill import fill
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.save import JOB_KEY, rank_key
+from spotspeed.checkpoint.sharing import Shared, fill_shared
 from spotspeed.core import plain
 from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, StoredTensor, TensorKey
@@ -162,15 +163,35 @@ class _Candidates:
 
 def _try(storage: Storage, seat: Seat, offer: dict[str, Any]) -> tuple[list[Verdict], _Read | None]:
     """Read the offered checkpoint; the ranks that object to it, and what this rank has read."""
-    read, objection = None, None
+    opened, read, objection = None, None, None
     try:
-        read = _read(storage, seat, offer)
+        opened = _open(storage, seat, offer)
+    except SpotSpeedError as error:
+        objection = error
+    reader, pieces = (opened.reader, opened.pieces) if opened else (None, [])
+    shared = Shared(rest=pieces, is_whole=opened is not None)
+    if seat.world_size > 1:
+        shared = fill_shared(pieces, reader, seat.exchange, seat.rank)
+        objection = objection or shared.error
+    try:
+        if opened is not None and shared.is_whole:
+            read = _read(seat, offer, opened, shared)
     except SpotSpeedError as error:
         objection = error
     return vote(seat.exchange, "restore-vote", objection), read
 
 
-def _read(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Read:
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """One candidate, of which nothing but its small parts has been read, and what it is to fill."""
+
+    reader: CheckpointReader
+    job: dict[str, Any]
+    rank_state: dict[str, Any]
+    pieces: list[Piece]
+
+
+def _open(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Opened:
     reader = CheckpointReader.open(
         storage, offer["directory"], digest=offer["digest"], near=seat.near
     )
@@ -180,10 +201,16 @@ def _read(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Read:
     rank_state = from_plain(
         plain.decode(reader.blob(rank_key(old_rank)), source=f"{offer['directory']}: rank")
     )
-    bytes_read = fill(_targets(seat, stored, old_rank), reader)
+    return _Opened(reader, job, rank_state, _targets(seat, stored, old_rank))
+
+
+def _read(seat: Seat, offer: dict[str, Any], opened: _Opened, shared: Shared) -> _Read:
+    """Read what this rank has not got together with its neighbours."""
+    reader = opened.reader
+    bytes_read = shared.bytes_read + fill(shared.rest, reader)
     seat.provider.check_restore()
-    return _Read(job, rank_state, bytes_read, _near_bytes(reader), reader.objects(),
-                 _late(reader, seat, offer, rank_state))  # fmt: skip
+    return _Read(opened.job, opened.rank_state, bytes_read, _near_bytes(reader), reader.objects(),
+                 _late(reader, seat, offer, opened.rank_state))  # fmt: skip
 
 
 def _targets(seat: Seat, stored: Mapping[TensorKey, StoredTensor], old_rank: int) -> list[Piece]:

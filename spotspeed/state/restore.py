@@ -30,7 +30,7 @@ from spotspeed.state.optimizers import (
     rule_for,
     store_scalar,
 )
-from spotspeed.state.partition import Layout, Partition, Slot
+from spotspeed.state.partition import Layout, Partition, Resident, Slot
 from spotspeed.state.piece import (
     Piece,
     dtype_name,
@@ -81,15 +81,16 @@ class Restore:
                 for slot in partition.slots:
                     if TensorKey(KIND_MASTER, slot.name) not in self.stored:
                         if TensorKey(KIND_WEIGHT, slot.name) in self.stored:
-                            self._add(KIND_WEIGHT, slot, partition.master)  # Frozen there.
+                            # Frozen there.
+                            self._add(KIND_WEIGHT, slot, partition.master, partition)
                         continue  # The fit was checked: only what is not strict lacks both.
-                    self._add(KIND_MASTER, slot, partition.master)
+                    self._add(KIND_MASTER, slot, partition.master, partition)
                     self._plan_override(slot, runs.get(slot.name, []))
             for resident in self.layout.residents():
                 if TensorKey(KIND_WEIGHT, resident.name) not in self.stored:
                     continue
                 slot = Slot(resident.name, resident.shape, resident.interval, 0)
-                self._add(KIND_WEIGHT, slot, resident.tensor)
+                self._add(KIND_WEIGHT, slot, resident.tensor, resident)
 
     def check(self) -> None:
         """Raise InvalidLayoutError when the filled numbers cannot be applied; local."""
@@ -133,12 +134,13 @@ class Restore:
                 state[kind] = empty_like(partition.master, optimizer, partition.slots)
             for slot in partition.slots if own is None else own.needed:
                 if kind in kinds.get(slot.name, ()):
-                    self._add(kind, slot, state[kind])
+                    self._add(kind, slot, state[kind], partition)
                 else:
                     run_of(flat_elements(state[kind]), slot.offset, slot.interval).zero_()
         held = [slot.name for slot in partition.slots if kinds.get(slot.name)]
         for kind in rule.scalars:
-            values = {name: self._add_scalar(TensorKey(kind, name)) for name in held or with_state}
+            names = held or with_state
+            values = {name: self._add_scalar(TensorKey(kind, name), partition) for name in names}
             self._scalars.append(_Scalar(partition, kind, rule, values))
 
     def _plan_override(self, slot: Slot, runs: list[tuple[Interval, TensorKey]]) -> None:
@@ -154,7 +156,7 @@ class Restore:
             self.pieces.append(Piece(Holding(fragment), part))
             self._overrides[slot.name, common.start] = part
 
-    def _add(self, kind: str, slot: Slot, live: torch.Tensor) -> None:
+    def _add(self, kind: str, slot: Slot, live: torch.Tensor, owner: Partition | Resident) -> None:
         """Ask for a slot of a stored tensor, to end up in the same slot of `live`."""
         key = TensorKey(kind, slot.name)
         item = self.stored[key]
@@ -168,14 +170,15 @@ class Restore:
             elements = torch.empty(slot.interval.count, dtype=dtype_of(item.dtype))
             self._copies.append((live, elements))
         fragment = Fragment(key, item.dtype, slot.shape, slot.interval)
-        self.pieces.append(Piece(Holding(fragment), elements))
+        self.pieces.append(Piece(_held(fragment, owner), elements))
 
-    def _add_scalar(self, key: TensorKey) -> torch.Tensor:
+    def _add_scalar(self, key: TensorKey, owner: Partition) -> torch.Tensor:
         """Ask for one number; it stays in the stored dtype until `finish`."""
         item = self.stored[key]
         check_shape(key, item, ())
         value = torch.empty(1, dtype=dtype_of(item.dtype))
-        self.pieces.append(Piece(Holding(Fragment(key, item.dtype, (), Interval(0, 1))), value))
+        fragment = Fragment(key, item.dtype, (), Interval(0, 1))
+        self.pieces.append(Piece(_held(fragment, owner), value))
         return value
 
     def _store_scalar(self, scalar: _Scalar) -> None:
@@ -184,6 +187,11 @@ class Restore:
         target = ScalarTarget.of(partition.master, partition.hyper)
         value = next(iter(scalar.values.values()))
         store_scalar(state, scalar.key, value, scalar.rule, target)
+
+
+def _held(fragment: Fragment, owner: Partition | Resident) -> Holding:
+    """A target, with how many ranks have the same one to fill."""
+    return Holding(fragment, owner.replica_index, owner.replica_count)
 
 
 def _check_equal(scalar: _Scalar, layout: str) -> None:

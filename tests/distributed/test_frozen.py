@@ -295,6 +295,7 @@ def test_a_real_job_writes_its_frozen_base_once_and_after_an_edit(
     resumed = run(2, "resume")
     again = resumed["sizes"][1] - resumed["sizes"][0]
     assert resumed["step"] == 4 and again < 2 * second, "nothing frozen is written again"
+    assert base_bytes < resumed["read"] < 1.2 * base_bytes, "two ranks of one node, one reading"
     if stage < 3:
         assert resumed["sums"]["base.1.weight"] == wrote["sums"]["base.1.weight"]
         assert resumed["sums"]["base.3.bias"] == wrote["sums"]["base.3.bias"]

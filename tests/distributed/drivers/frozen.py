@@ -14,6 +14,7 @@ import torch
 from engines import RANK, WORLD_SIZE
 
 import spotspeed
+from spotspeed import events
 
 
 class Lora(torch.nn.Module):
@@ -66,7 +67,13 @@ def written(path: str) -> int:
 def main(path: str, stage: int, mode: str, out: str) -> None:
     engine = make(path, stage, seed=1 if mode == "write" else 2)
     checkpointer = spotspeed.attach(engine)
+    read: list[int] = []
+    events.add_sink(
+        lambda event: read.append(event.size_bytes) if type(event) is events.Resumed else None
+    )
     restored = checkpointer.restore()
+    reads: list[list[int]] = [[]] * WORLD_SIZE
+    torch.distributed.all_gather_object(reads, read)
     sums = digests(engine)
     sizes = [written(path)]
     for _ in range(3):
@@ -87,7 +94,7 @@ def main(path: str, stage: int, mode: str, out: str) -> None:
     checkpointer.close()
     if RANK == 0:
         facts = {"step": restored.step if restored else None, "sizes": sizes, "sums": sums,
-                 "ranks": WORLD_SIZE}  # fmt: skip
+                 "ranks": WORLD_SIZE, "read": sum(map(sum, reads))}  # fmt: skip
         Path(out).write_text(json.dumps(facts))
 
 
