@@ -320,7 +320,12 @@ class Session:
 def _take_back(
     save: IncomingSave, error: SpotSpeedError, storage: Storage
 ) -> Manifest | SpotSpeedError:
-    """Give the space of a lost save back; what it has come to: `error`, or sealed after all."""
+    """Give the space of a lost save back; what it has come to: `error`, or sealed after all.
+
+    That of a notice keeps what it has: it is tried again, and no time is left to write it twice.
+    """
+    if save.is_urgent:
+        return error
     try:
         return take_back(storage, save.ticket, save.rank) or error
     except SpotSpeedError as obstacle:

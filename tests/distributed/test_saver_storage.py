@@ -103,7 +103,13 @@ def test_what_other_ranks_stored_of_a_save_that_one_has_lost_is_given_back(tmp_p
         for rank in (small, large):
             rank.ask("stage", step=2, **SMALL)
         assert small.ask("result", step=2) == large.ask("result", step=2)
-    check_sealed(path, 2, world_size=2, **SMALL)
+        check_sealed(path, 2, world_size=2, **SMALL)
+        urgent = small.ask("stage", step=3, reason="notice", **SMALL)["directory"]
+        large.ask("stage", step=3, reason="notice", **LARGE)
+        assert "ulimit -f" in large.ask("result", step=3)["text"]
+        assert "rank 1 failed" in small.ask("result", step=3)["text"]
+        kept = {file.name for file in (path / urgent).iterdir()}
+        assert kept == {"rank-00000.receipt", "rank-00000.shard"}, "a notice's is tried again"
 
 
 def test_a_disk_that_gets_room_in_time_loses_nothing(disk: Disk) -> None:
