@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
 from spotspeed import dropin, events
-from spotspeed.checkpoint.agreement import Exchange, TimedExchange, impatient, share_all
+from spotspeed.checkpoint.agreement import TimedExchange, share_all
 from spotspeed.checkpoint.named import NamedSave
 from spotspeed.checkpoint.passing import Passing
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
@@ -21,8 +22,9 @@ from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import GateVerdict
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.errors import ConfigError, CorruptionError, LeavingError, SpotSpeedError
-from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch
+from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch, has_failed
 from spotspeed.interruption import Interruption
+from spotspeed.roll_call import RollCall
 from spotspeed.state import boundary, loader_guard
 from spotspeed.state.engine import Engine, rank_of, run_loader, world_size_of
 from spotspeed.state.late import LateState, Source, Stateful
@@ -33,8 +35,6 @@ from spotspeed.storage.contract import Storage
 
 CLOSE_TIMEOUT_S = 1800.0
 """Longest time that close() waits for the other ranks and for the last bytes."""
-EXIT_PATIENCE_S = 1.0
-"""How long a rank whose script has failed by sys.exit waits for the others to end as well."""
 STALL_REPORT_S = 1.0
 """A step that is held for longer than this is reported."""
 
@@ -70,7 +70,8 @@ class Checkpointer:
                                 self.passing.look)  # fmt: skip
         self._register = SaveRegister(self._saves)
         self._exit = ExitWatch(self._close_at_exit)
-        self._cuts.begin(self._session, self._exit)
+        self._roll_call = RollCall(engine, self.rank, self._session.coordinator)
+        self._cuts.begin(self._session, self._exit, self._roll_call)
         self._binding = boundary.bind(engine, self)
         self._binding.watches_forward = True
         self._small.record()
@@ -214,10 +215,7 @@ class Checkpointer:
         return self._session.seat(self.world_size, self._provider, self._small)
 
     def end_step(self) -> None:
-        """All that belongs to the last step is done: a notice finds its late state complete.
-
-        The next forward, a save and close() say the same; a loop with long work before may say it.
-        """
+        """All of the last step is done, as the next forward, a save or close() say it anyway."""
         self._small.end_step()
 
     def add_late(self, name: str, source: Source) -> None:
@@ -236,22 +234,29 @@ class Checkpointer:
         Call it on every rank; a process that ends without an error calls it by itself. Raises
         what went wrong: StorageError when the last state could not be made durable.
         """
-        self._close(self.exchange)
+        error = sys.exc_info()[1]  # As in the `finally` of a script that has failed.
+        if not self._is_closed and self._cuts.is_of_a_loss(error):
+            self._leave("after an error")
+        self._close(error)
 
-    def _close(self, exchange: Exchange) -> None:
+    def _close(self, error: BaseException | None) -> None:
         if self._is_closed:
             return
+        is_awaited = False
         try:
+            self._roll_call.refuse_torn()
             if not self._lost:
                 self._start()
             elif not self._is_started:
                 return
             self._small.end_step()
             step = int(self.engine.global_steps)
+            exchange = self._roll_call.waiting(error)
             is_kept = bool(self.is_implicit or self._lost)
             is_kept = is_kept or self._register.has_everywhere(exchange, step, self.standing())
             last = None if is_kept else self.submit(step, "final", f"step-{step}", "final")
             self._register.settle(exchange, CLOSE_TIMEOUT_S)
+            is_awaited = True
             if last is not None:
                 last.wait(CLOSE_TIMEOUT_S)
             if self._session.coordinator.close(CLOSE_TIMEOUT_S) is GateVerdict.LEAVE:
@@ -259,7 +264,7 @@ class Checkpointer:
         except LeavingError:
             self._leave("while closing")
         finally:
-            self._detach()
+            self._detach(is_awaited=is_awaited)
 
     # Hooks of the engine, on the main thread.
 
@@ -289,10 +294,12 @@ class Checkpointer:
             events.emit(events.Stalled("staging", held_s, int(engine.global_steps)))
         if self._session.coordinator.gate(int(engine.global_steps) + 1) is GateVerdict.LEAVE:
             self._leave("at the gate of the next step")
+        self._roll_call.is_updating = True
         self._saves.close_window(self.config.staging.max_hold_s)  # captured at the gate: now staged
 
     def after_update(self, engine: Any) -> None:
         """A step is complete: keep what the next forward changes, and save if it is time."""
+        self._roll_call.is_updating = False
         self._cuts.planner.stepped()
         step = int(engine.global_steps)
         self._small.record()
@@ -300,7 +307,7 @@ class Checkpointer:
         if self.is_on_grid(step):
             handle = self.submit(step, "p", f"step-{step}", "periodic")
             self._saves.hold(handle, self.config.staging, has_ended=not self._small.late)
-        elif self.rank == 0 and self._is_time():
+        elif self.rank == 0 and self.config.interval.is_due(time.monotonic() - self._save_began):
             self.request_save()
         self._session.coordinator.completed(step)
 
@@ -351,11 +358,6 @@ class Checkpointer:
             self._session.coordinator.start(int(self.engine.global_steps))
             self._cuts.is_changing = False
 
-    def _is_time(self) -> bool:
-        """Whether `interval.seconds` have passed since the last save began."""
-        seconds = self.config.interval.seconds
-        return seconds is not None and time.monotonic() - self._save_began >= seconds
-
     def _describe(self, handle: SaveHandle) -> Seen:
         """Look at the tensors of one save, on the queue's thread."""
         named = self._register.named(handle)
@@ -378,14 +380,11 @@ class Checkpointer:
 
     def _close_at_exit(self, error: BaseException | None) -> None:
         """The process ends and nobody has called close()."""
-        if error is None:
-            return self.close()
-        if isinstance(error, SystemExit) and self._is_started:
-            # The script has failed: perhaps on every rank, perhaps on this one alone.
-            patience = impatient(self._session.coordinator.exchange, EXIT_PATIENCE_S)
+        if not has_failed(error) or (isinstance(error, SystemExit) and self._is_started):
             with self._cuts.deserting(error):
-                return self._close(patience)
-        self._cuts.leave_after(error)
+                return self._close(error)
+        if self._cuts.is_of_a_loss(error):
+            self._cuts.leave("after an error")
         self._detach(is_awaited=False)
 
     def _detach(self, *, is_awaited: bool = True) -> None:

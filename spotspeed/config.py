@@ -31,6 +31,10 @@ class IntervalConfig(_Section):
     adaptive: bool = False
     """Choose the interval from the measured cost of a save and the rate of interruptions."""
 
+    def is_due(self, since_s: float) -> bool:
+        """Whether the last save began so long ago that it is time for the next."""
+        return self.seconds is not None and since_s >= self.seconds
+
 
 class KeepConfig(_Section):
     """Which periodic and notice checkpoints stay; explicit saves are never removed."""

@@ -7,13 +7,14 @@ checkpoint was not known durable; 77 do not requeue.
 from __future__ import annotations
 
 import atexit
+import dis
 import os
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from spotspeed.errors import (
@@ -35,10 +36,18 @@ LOSS_ERRORS = (RuntimeError, OSError, CoordinationError)
 """What a rank sees when another is gone: libraries raise these out of a collective."""
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
 """Where collectives are called from."""
+_RETURNS = frozenset(op for name, op in dis.opmap.items() if name.startswith("RETURN_"))
+
+
+class UnknownExit(SystemExit):
+    """`raise SystemExit` or `exit()`, of which no hook hears: what code it gave is not known."""
 
 
 class ExitWatch:
-    """Watches the main thread: calls `close` when it has ended without an error.
+    """Watches the main thread: calls `close` when it has ended.
+
+    `close` is told by what: None for the end of the script, SystemExit with its code or
+    UnknownExit, or the unhandled error.
 
     A thread that is not a daemon waits for the main thread, so that threads, sockets and futures
     still work while it closes (they do not in `atexit` handlers). An unhandled error is printed as
@@ -54,6 +63,7 @@ class ExitWatch:
         sys.excepthook = self._on_unhandled
         self._previous_exit = sys.exit
         sys.exit = self._on_exit
+        self._outermost = _outermost_frame()
         self._thread = threading.Thread(target=self._wait, name="spotspeed-exit", daemon=False)
         self._thread.start()
 
@@ -89,13 +99,7 @@ class ExitWatch:
 
     def now(self, code: int) -> None:
         """End the process without waiting for the main thread."""
-        tell(code=code)
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                continue
-        os._exit(code)
+        leave_now(code)
 
     def _end(self, code: int) -> None:
         """The last one to be registered is called first, and calls the others."""
@@ -110,11 +114,12 @@ class ExitWatch:
         if self._is_disarmed:
             return
         try:
+            self._error = self._end_of(self._error)
             if not isinstance(self._error, LOSS_ERRORS):
                 self._tell_error()
             self._close(self._error)
             self._tell_error()
-            code = _code_of(type(self._error)) if self._expected is None else self._expected
+            code = _code_of(self._error) if self._expected is None else self._expected
             if code is not None:
                 self.now(code)
         except Exception:  # the last thing this process does: report it and leave with a code
@@ -130,9 +135,18 @@ class ExitWatch:
             self._is_told = True
             tell(error=type(error).__name__)
 
+    def _end_of(self, error: BaseException | None) -> BaseException | None:
+        """What ended the main thread, where no hook was told: only its frame knows."""
+        if self._outermost is None or not isinstance(error, SystemExit | None):
+            return error
+        code, at = self._outermost.f_code.co_code, self._outermost.f_lasti
+        if code[at] in _RETURNS:
+            return None  # A `sys.exit` was caught.
+        return UnknownExit() if error is None else error
+
     def _on_exit(self, status: Any = None, /) -> NoReturn:
-        """`sys.exit`, which no hook hears of: a code that is not 0 is an error of the script."""
-        if status not in (None, 0) and threading.current_thread() is threading.main_thread():
+        """`sys.exit`, of which no other hook hears."""
+        if threading.current_thread() is threading.main_thread():
             self._error = SystemExit(status)
         self._previous_exit(status)
 
@@ -142,7 +156,7 @@ class ExitWatch:
         self._error = error
         if not issubclass(kind, LeavingError):
             self._previous_hook(kind, error, trace)
-        code = _code_of(kind) if self._expected is None else self._expected
+        code = _code_of(error) if self._expected is None else self._expected
         if code is not None and not issubclass(kind, LOSS_ERRORS):
             self.now(code)
 
@@ -154,8 +168,9 @@ def is_of_script(error: BaseException) -> bool:
     """
     kind = type(error)
     if isinstance(error, SystemExit):
-        return error.code not in (EXIT_DURABLE, EXIT_NOT_DURABLE, EXIT_DO_NOT_REQUEUE)
-    if _code_of(kind) is not None or isinstance(error, (ConnectionError, TimeoutError)):
+        is_ours = error.code in (EXIT_DURABLE, EXIT_NOT_DURABLE, EXIT_DO_NOT_REQUEUE)
+        return has_failed(error) and not is_ours
+    if _code_of(error) is not None or isinstance(error, (ConnectionError, TimeoutError)):
         return False
     if not isinstance(error, LOSS_ERRORS):
         return True
@@ -163,6 +178,33 @@ def is_of_script(error: BaseException) -> bool:
     files = (frame.f_code.co_filename.replace(os.sep, "/") for frame, _ in frames)
     is_collective = any(place in file for file in files for place in COLLECTIVES)
     return not is_collective and not kind.__module__.startswith("mpi4py")
+
+
+def leave_now(code: int) -> None:
+    """End the process, with what it has written and without what it has registered."""
+    tell(code=code)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue
+    os._exit(code)
+
+
+def has_failed(error: BaseException | None) -> bool:
+    """Whether a script that has ended by `error` has said that something is wrong."""
+    is_unknown = error is None or isinstance(error, UnknownExit)
+    return not is_unknown and getattr(error, "code", error) not in (None, 0)
+
+
+def _outermost_frame() -> FrameType | None:
+    """Of the main thread, if that is the one that asks."""
+    frame: FrameType | None = None
+    if threading.current_thread() is threading.main_thread():
+        frame = sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
+    return frame
 
 
 def watch_refusals() -> None:
@@ -181,7 +223,7 @@ class _RefusalHook:
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         self._previous(kind, error, trace)
-        code = _code_of(kind)
+        code = _code_of(error)
         if code is not None:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
@@ -189,8 +231,16 @@ class _RefusalHook:
             os._exit(code)
 
 
-def _code_of(kind: type[object]) -> int | None:
-    """The exit code that tells a scheduler what an unhandled error of ours means for it."""
-    if issubclass(kind, NO_REQUEUE_ERRORS):
+def _code_of(error: BaseException | None) -> int | None:
+    """The exit code that tells a scheduler what an unhandled error of ours means for it.
+
+    None where there is another of the script behind it, in whose wake it was raised.
+    """
+    if isinstance(error, NO_REQUEUE_ERRORS):
         return EXIT_DO_NOT_REQUEUE
-    return EXIT_NOT_DURABLE if issubclass(kind, REQUEUE_ERRORS) else None
+    if not isinstance(error, REQUEUE_ERRORS):
+        return None
+    first: BaseException = error
+    while first.__context__ is not None:
+        first = first.__context__
+    return EXIT_NOT_DURABLE if isinstance(first, LOSS_ERRORS) else None

@@ -20,9 +20,17 @@ from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import Cut
 from spotspeed.core.deadline import Orders
 from spotspeed.core.manifest import Manifest
-from spotspeed.errors import CoordinationError, StorageError
-from spotspeed.exit import EXIT_NOT_DURABLE, LOSS_ERRORS, ExitWatch
+from spotspeed.errors import CaptureError, CoordinationError, StorageError
+from spotspeed.exit import (
+    EXIT_NOT_DURABLE,
+    LOSS_ERRORS,
+    ExitWatch,
+    UnknownExit,
+    has_failed,
+    leave_now,
+)
 from spotspeed.planning import Planner, launcher_grace_s
+from spotspeed.roll_call import RollCall, is_roll_call
 from spotspeed.staging.staged import StagingFacts
 from spotspeed.supervised import tell
 
@@ -73,14 +81,15 @@ class Interruption:
         self._saves, self._config, self._rank = saves, config, rank
         self._session: Session | None = None
         self._exit: ExitWatch | None = None
+        self._roll_call: RollCall | None = None
         self.planner = Planner(config, rank, launcher_s=launcher_grace_s(os.environ))
         self._orders: Orders | None = None
         self._captures: dict[int, SaveHandle] = {}
         self._lost: list[int] = []
 
-    def begin(self, session: Session, exit_watch: ExitWatch) -> None:
+    def begin(self, session: Session, exit_watch: ExitWatch, roll_call: RollCall) -> None:
         """From here on there is something to save."""
-        self._session, self._exit = session, exit_watch
+        self._session, self._exit, self._roll_call = session, exit_watch, roll_call
         self.planner.begin(session.storage.url)
 
     def announce(self, world_size: int, provider: str) -> None:
@@ -120,12 +129,25 @@ class Interruption:
         sys.stderr.flush()
 
     @contextlib.contextmanager
-    def deserting(self, error: SystemExit) -> Iterator[None]:
+    def deserting(self, error: BaseException | None) -> Iterator[None]:
         """Around the close of a rank that may be the only one to end: that is told, not raised."""
         try:
             yield
-        except CoordinationError as alone:
-            events.emit(events.Lost(f"rank {self._rank}, exit code {error.code}", str(alone)))
+        except (CoordinationError, CaptureError) as alone:
+            assert self._exit is not None and self._roll_call is not None
+            if not has_failed(error) and not self._roll_call.why:
+                raise
+            events.emit(events.Lost(f"rank {self._rank}, whose script has ended,", str(alone)))
+            is_silent = isinstance(alone, CaptureError) or not isinstance(error, UnknownExit)
+            if is_silent and not has_failed(error):
+                self._exit.expect(EXIT_NOT_DURABLE)
+
+    def is_of_a_loss(self, error: BaseException | None) -> bool:
+        """Whether an error that has come to this rank is the end of another, and all leave."""
+        assert self._session is not None
+        timeout_s = self._config.coordinator.peer_timeout_s
+        is_alike = isinstance(error, LOSS_ERRORS)
+        return is_alike and self._session.coordinator.await_departure(timeout_s)
 
     # What the coordinator calls.
 
@@ -134,11 +156,21 @@ class Interruption:
         self.planner.heard()
         events.emit(events.Noticed(source, self._rank, seconds_left))
 
+    def on_agreed(self, cut: Cut) -> None:
+        """All ranks know the step of a cut."""
+        if self._roll_call is not None:
+            self._roll_call.agreed(cut)
+
     def on_capture(self, cut: Cut) -> None:
         """State at `cut.step` is constant until the gate opens: save it, or join its save."""
-        if self._session is None:
+        if self._session is None or self._roll_call is None:
             raise CoordinationError("this rank is still being attached")
         coordinator = self._session.coordinator
+        if is_roll_call(cut):
+            answer = self._roll_call.answer(cut.source)
+            if answer:
+                return coordinator.report_failed(cut.round, answer)
+            return coordinator.report_durable(cut.round, None)
         standing = self._session.standing if cut.step < 0 else self._saves.standing()
         if standing is not None and cut.step in (standing.step, -1):
             return coordinator.report_durable(cut.round, standing.digest)
@@ -166,6 +198,8 @@ class Interruption:
 
     def on_outcome(self, cut: Cut, digest: str | None, why: str) -> None:
         """All ranks know how the cut ended; a copy that is not staged by now is not wanted."""
+        if self._roll_call is not None:
+            self._roll_call.settled(cut, why)
         with self.lock:
             handle = self._captures.pop(cut.round, None)
         if digest is None and handle is not None and not handle.staging_completion.done():
@@ -189,17 +223,12 @@ class Interruption:
 
     def leave(self, why: str) -> None:
         """End the process at once: the main thread does not get to the gate in time."""
+        if self._session is None or self._exit is None:
+            text = f"interrupted while it was being attached ({why})"
+            sys.stderr.write(f"spotspeed: rank {self._rank}: {text}; leaving with 76\n")
+            return leave_now(EXIT_NOT_DURABLE)
         self.say_goodbye(why)
-        assert self._exit is not None
         self._exit.now(self.exit_code)
-
-    def leave_after(self, error: BaseException) -> None:
-        """End the process if what ended its main thread is that the others leave or are lost."""
-        assert self._session is not None
-        timeout_s = self._config.coordinator.peer_timeout_s
-        is_loss = isinstance(error, LOSS_ERRORS)
-        if is_loss and self._session.coordinator.await_departure(timeout_s):
-            self.leave("after an error")
 
     # Inside.
 

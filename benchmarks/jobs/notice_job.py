@@ -36,6 +36,8 @@ class Saver:
 
     def on_notice(self, source: str, seconds_left: float) -> None: ...
 
+    def on_agreed(self, cut: Cut) -> None: ...
+
     def on_capture(self, cut: Cut) -> None:
         self.is_asked = True
         self.coordinator.report_durable(cut.round, "seal")

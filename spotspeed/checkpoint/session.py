@@ -52,6 +52,8 @@ from spotspeed.storage import open_storage
 from spotspeed.storage.contract import Storage
 
 PROBE_DIRECTORY = "probe"
+_MOUNTS = "/proc/self/ns/mnt"
+"""Differs between containers, each of which has files of its own."""
 _open: Counter[str] = Counter()
 """How many sessions this process has at each store: several engines may share one."""
 LOOK_S = 1.0
@@ -107,9 +109,9 @@ class Session:
         if self.collector is not None and is_alone and sealed.exception() is None:
             self.collector.sealed()
 
-    def watch(self, config: NoticeConfig) -> None:
+    def watch(self, sources: list[NoticeSource]) -> None:
         """Begin to listen for notices from files and clouds."""
-        for source in configured_sources(config):
+        for source in sources:
             source.start(self._on_notice)
             self.sources.append(source)
 
@@ -210,7 +212,9 @@ def open_session(
         storage = _open_everywhere(config.path, coordinator.exchange)
         probe_one_place(storage, coordinator.exchange, rank)
         near = _open_tier(config.local_path, storage, coordinator.exchange)
-        hosts = share_all(coordinator.exchange, "host", this_process().boot_id)
+        places = share_all(coordinator.exchange, "host", _place())
+        sources = _find_sources(config.notice, coordinator.exchange, rank, places)
+        hosts = [host for host, _ in places]
         stager = Stager(storage.url, config, rank, local_world_size=hosts.count(hosts[rank]),
                         on_notice=lambda left_s, source: coordinator.notice(source, left_s or None)
                         )  # fmt: skip
@@ -225,9 +229,24 @@ def open_session(
             storage, config.keep, epoch=epoch, is_quiet=stager.is_idle,
             work=lambda: Work(stager.in_flight(), has_tiers=near is not None),
         )  # fmt: skip
-    if rank == hosts.index(hosts[rank]):
-        session.watch(config.notice)
+    session.watch(sources)
     return session
+
+
+def _place() -> list[str]:
+    """This rank's host, and its container there."""
+    return [this_process().boot_id, str(os.stat(_MOUNTS).st_ino)]
+
+
+def _find_sources(
+    config: NoticeConfig, exchange: Exchange, rank: int, places: list[list[str]]
+) -> list[NoticeSource]:
+    """What this rank watches: the first one in each container of each host does, for all there.
+
+    The ConfigError of one rank, whose environment names an endpoint that is none, on every rank.
+    """
+    is_first = places.index(places[rank]) == rank
+    return all_or_none(exchange, "notices", lambda: configured_sources(config) if is_first else [])
 
 
 def _open_everywhere(path: str, exchange: Exchange) -> Storage:

@@ -39,6 +39,9 @@ STALL_REPORT_S = 1.0
 LOSS_SIGN_S = 0.5
 """How long a rank whose collective has failed waits for the news that another is gone."""
 DRAIN_S = 1.0
+LEAST_NOTICE_S = 5.0
+"""A stop is given so long at least: a time that has passed says only that there may be none left,
+and whatever is saved before the machine goes is saved."""
 
 
 class GateVerdict(Enum):
@@ -114,8 +117,11 @@ class Coordinator:
     # Wishes and reports.
 
     def notice(self, source: str, seconds_left: float | None, *, stop: bool = True) -> None:
-        """This machine goes away in `seconds_left` (None: as configured); or only save (stop)."""
-        left = self._notice_s if seconds_left is None else seconds_left
+        """This machine goes away in `seconds_left` (None: as configured); or only save (stop).
+
+        Below `LEAST_NOTICE_S` it is tried all the same: the machine may stand a little longer.
+        """
+        left = self._notice_s if seconds_left is None else max(seconds_left, LEAST_NOTICE_S)
         self._control.notice(source, left, Wish.STOP if stop else Wish.SNAP)
 
     def request_snapshot(self, source: str = "periodic") -> None:
@@ -168,6 +174,10 @@ class Coordinator:
             control.stop(DRAIN_S if timeout_s > 0 else 0.0)
             self._signals.close()
         return verdict
+
+    def desert(self) -> None:
+        """Go at once, whoever waits: the others lose this rank, and waits of this one fail."""
+        self._control.stop(0.0)
 
     def await_departure(self, timeout_s: float) -> bool:
         """For a rank that trains no more: whether all leave, and this one may, too.

@@ -13,6 +13,8 @@ from spotspeed.core.cut_messages import Cut
 STEP_BITS = 40
 STEP_MASK = (1 << STEP_BITS) - 1
 """A position is generation << STEP_BITS | step; every load of a state begins a generation."""
+ROLL_CALL = "roll call"
+"""How the source of a cut begins that only asks where the ranks are: nobody is told of it."""
 
 
 class CutListener(Protocol):
@@ -20,6 +22,10 @@ class CutListener(Protocol):
 
     def on_notice(self, source: str, seconds_left: float) -> None:
         """This rank was told to stop; all ranks will agree on a step."""
+        ...
+
+    def on_agreed(self, cut: Cut) -> None:
+        """All ranks are to stand at `cut.step`; `on_capture` follows where this one does."""
         ...
 
     def on_capture(self, cut: Cut) -> None:
@@ -93,6 +99,9 @@ class Teller:
 
     def agreed(self, cut: Cut, now: float) -> None:
         """This rank has known the step since `now`."""
+        self._tell(lambda: self._listener.on_agreed(public(cut)))
+        if cut.source.startswith(ROLL_CALL):
+            return
         latency_s = now - self._heard_at if self._heard_at is not None else 0.0
         agreed = events.Agreed(cut.step & STEP_MASK, cut.round, cut.stop, latency_s)
         self._tell(lambda: events.emit(agreed))

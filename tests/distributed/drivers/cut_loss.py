@@ -34,6 +34,8 @@ class Saver:
 
     def on_notice(self, source: str, seconds_left: float) -> None: ...
 
+    def on_agreed(self, cut: Cut) -> None: ...
+
     def on_capture(self, cut: Cut) -> None:
         self.coordinator.report_staged(cut.round)
         self.coordinator.report_durable(cut.round, f"{cut.attempt}@{cut.step}")

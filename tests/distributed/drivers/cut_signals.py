@@ -41,6 +41,8 @@ class Saver:
 
     def on_notice(self, source: str, seconds_left: float) -> None: ...
 
+    def on_agreed(self, cut: Cut) -> None: ...
+
     def on_capture(self, cut: Cut) -> None:
         assert not self.is_updating and self.completed == cut.step, (self.completed, cut)
         self.cuts.append(cut.step)

@@ -169,7 +169,67 @@ def failing(engine, checkpointer) -> None:
     train(engine, 100)
 
 
+def exiting(engine, checkpointer) -> None:
+    train(engine, 3)
+    if RANK == 1:
+        say_end()
+        sys.exit(75)
+    train(engine, 100)
+
+
+def raising(engine, checkpointer) -> None:
+    """In the middle of a step, in a way that no hook is told of."""
+    train(engine, 3)
+    if RANK == 1:
+        engine(torch.ones(2, 16).bfloat16())
+        say_end()
+        raise SystemExit(75)
+    train(engine, 100)
+
+
+def returning(engine, checkpointer) -> None:
+    train(engine, 3)
+    if RANK == 1:
+        say_end()
+        return
+    train(engine, 100)
+
+
+def handled(engine, checkpointer) -> None:
+    """The script's own handler of the notice ends the main thread, in the middle of an update."""
+    train(engine, 3)
+    if RANK == 1:
+        step = engine.optimizer.step
+
+        def interrupted(*args, **kwargs):
+            say_end()
+            notice("SIGTERM")
+            return step(*args, **kwargs)
+
+        engine.optimizer.step = interrupted
+    train(engine, 100)
+
+
+def finally_closing(engine, checkpointer) -> None:
+    """The script closes in any case, and only rank 1 has an error."""
+    try:
+        train(engine, 3)
+        if RANK == 1:
+            engine(torch.ones(2, 16).bfloat16())
+            say_end()
+            raise KeyError("a mistake of the training script")
+        train(engine, 100)
+    finally:
+        checkpointer.close()
+
+
+def say_end() -> None:
+    (FOLDER / "ended").write_text(str(time.time()))
+
+
 def main() -> None:
+    if CASE == "handled":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     deepspeed.init_distributed("gloo", distributed_port=int(os.environ["MASTER_PORT"]))
     events.add_sink(sink)
     engine = build()

@@ -36,13 +36,13 @@ class Saver:
         self.captures: list[Cut] = []
         self.outcomes: list[tuple[Cut, str | None, str]] = []
         self.notices: list[tuple[str, float]] = []
-        self.lost: list[int] = []
-        self.left: list[str] = []
+        self.lost, self.left = list[int](), list[str]()
         self.is_holding = False
 
     def on_notice(self, source: str, seconds_left: float) -> None:
         self._note(self.notices, (source, seconds_left))
 
+    def on_agreed(self, cut: Cut) -> None: ...
     def on_capture(self, cut: Cut) -> None:
         self._note(self.captures, cut)
         if not self.is_holding:

@@ -45,6 +45,7 @@ class Saver:
     def on_notice(self, source: str, seconds_left: float) -> None:
         self.heard.append(source)
 
+    def on_agreed(self, cut: Cut) -> None: ...
     def on_capture(self, cut: Cut) -> None:
         self.steps.append(cut.step)
         self.is_asked.set()
