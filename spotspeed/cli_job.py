@@ -155,7 +155,7 @@ def notify_(
 def emulate(
     cloud: Annotated[Cloud, typer.Argument(help="Whose metadata service.")],
     after: Annotated[float, typer.Option(min=0, help="Seconds until the notice.")] = 60.0,
-    left: Annotated[float, typer.Option(min=0, help="Seconds that the notice leaves.")] = 120.0,
+    left: Annotated[float | None, typer.Option(min=0, help="Seconds left then (120).")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
     machine: Annotated[str, typer.Option(help="The VM's name (azure).")] = "trainer-0",
@@ -164,6 +164,11 @@ def emulate(
 
     The first lines on stdout, or the document, are the environment that leads a job there.
     """
+    if cloud is Cloud.gce and left is not None:
+        raise typer.BadParameter(
+            "GCE's notice names no time: a job takes 30 s, or what its notice.deadline_s says"
+        )
+    left = NOTICE_S if left is None else left
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     service = MetadataService(cloud.value, host=host, port=port, machine=machine)
@@ -173,11 +178,13 @@ def emulate(
         with service:
             if signal.sigtimedwait(signals, after) is None:
                 service.announce(left)
-                errors.print(f"{cloud.value}: the machine goes away in {left:g} s")
+                when = "" if cloud is Cloud.gce else f" in {left:g} s"
+                errors.print(f"{cloud.value}: the machine goes away{when}")
                 signal.sigwait(signals)
 
     lines = "\n".join(f"export {name}={value}" for name, value in environ.items())
-    document = {"cloud": cloud.value, "environ": environ, "after_s": after, "left_s": left}
+    document = {"cloud": cloud.value, "environ": environ, "after_s": after,
+                "left_s": None if cloud is Cloud.gce else left}  # fmt: skip
     return Answer(lines, document, serve)
 
 

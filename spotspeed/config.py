@@ -13,6 +13,9 @@ from spotspeed.errors import ConfigError
 
 BLOCK = "spotspeed"
 
+CLOUDS = ("ec2", "gce", "azure", "alibaba", "tencent", "huawei", "none")
+"""Whose metadata services are known by name."""
+
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -50,12 +53,20 @@ class NoticeConfig(_Section):
 
     signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
     """Signals that mean "this machine goes away"."""
-    cloud: Literal["ec2", "gce", "azure", "none"] | None = None
-    """Metadata service to watch; null finds the platform."""
+    cloud: str | None = None
+    """Metadata service to watch, by name or as the http URL of one that answers 404 until then;
+    "none" watches none, null finds the platform."""
     file: str | None = None
     """A file whose appearance is a notice."""
     deadline_s: PositiveFloat = 120.0
     """Seconds from a notice without a deadline of its own to the loss of the machine."""
+
+    @field_validator("cloud")
+    @classmethod
+    def _cloud(cls, value: str | None) -> str | None:
+        if value is None or value in CLOUDS or value.startswith("http://"):
+            return value
+        raise ValueError(f"write one of {', '.join(CLOUDS)}, or a URL that begins with http://")
 
     @field_validator("signals", mode="before")
     @classmethod

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from spotspeed.config import NoticeConfig
+from spotspeed.config import NoticeConfig, parse_block
 from spotspeed.coordinator.notice import configured_sources
 from spotspeed.coordinator.notice.azure import azure_source
 from spotspeed.coordinator.notice.contract import Notice, NoticeSource
@@ -239,6 +239,18 @@ def test_azure_events_count_when_they_end_this_machine(
             assert watched.is_quiet(0.1)
 
 
+@pytest.mark.parametrize(
+    ("block", "seconds_left"), [({}, 30.0), ({"deadline_s": 120.0}, None)], ids=["30 s", "120 s"]
+)
+def test_gce_names_no_time_so_the_block_may(
+    watch: Start, block: dict[str, float], seconds_left: float | None
+) -> None:
+    with MetadataService("gce") as service:
+        (source,) = configured_sources(NoticeConfig(cloud="gce", **block), service.environ)
+        service.announce(60.0)
+        assert watch(source).next() == Notice("gce", seconds_left, stop=True)
+
+
 def test_gce_answers_within_the_long_poll_not_after_it(watch: Start) -> None:
     with MetadataService("gce") as service:
         watched = watch(source_for(service))
@@ -334,6 +346,39 @@ def test_the_block_chooses_the_sources_and_a_running_one_is_found_by_its_variabl
         service.announce(60.0)
         assert watch(sources[1]).next().stop
         assert configured_sources(NoticeConfig(cloud="none"), service.environ) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "hours"),
+    [
+        ("alibaba", "%Y-%m-%dT%H:%M:%SZ", 0),
+        ("tencent", "%Y-%m-%d %H:%M:%S", 8),
+        ("huawei", '{"action": "terminate", "timestamp": "%Y-%m-%dT%H:%M:%SZ"}', 0),
+        ("huawei", '{"action": "terminate"}', None),
+    ],
+)
+def test_each_cloud_with_a_url_states_its_time_in_its_own_way(
+    watch: Start, name: str, form: str, hours: int | None
+) -> None:
+    with MetadataService("url") as service:
+        doom_s = time.time() + 120 + 3600 * (hours or 0)
+        service.misbehave = Answer(200, time.strftime(form, time.gmtime(doom_s)).encode())
+        source = url_source(name, f"http://{service.address}/doom", period_s=PERIOD_S)
+        notice = watch(source).next()
+        assert (notice.source, notice.stop) == (name, True)
+        expected = None if hours is None else pytest.approx(120, abs=5)
+        assert notice.seconds_left == expected
+
+
+def test_the_block_takes_every_cloud_by_name_and_any_url() -> None:
+    for cloud in ("alibaba", "tencent", "huawei"):
+        (source,) = configured_sources(NoticeConfig(cloud=cloud), {})
+        assert source.name == cloud
+    (source,) = configured_sources(NoticeConfig(cloud="http://127.0.0.1:1/doom"), {})
+    assert source.name == "url"
+    for wrong in ("aws", "https://h/doom"):
+        with pytest.raises(ConfigError, match=r"notice\.cloud: .*alibaba, tencent, huawei"):
+            parse_block({"path": "/x", "notice": {"cloud": wrong}})
 
 
 @pytest.mark.parametrize(

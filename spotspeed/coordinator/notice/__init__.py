@@ -12,7 +12,7 @@ from spotspeed.coordinator.notice.contract import Notice, NoticeListener, Notice
 from spotspeed.coordinator.notice.detect import tell_platform
 from spotspeed.coordinator.notice.ec2 import ec2_source
 from spotspeed.coordinator.notice.file import file_source
-from spotspeed.coordinator.notice.gce import gce_source
+from spotspeed.coordinator.notice.gce import SHUTDOWN_S, gce_source
 from spotspeed.coordinator.notice.url import KNOWN_URLS, url_source
 
 __all__ = ["Notice", "NoticeListener", "NoticeSource", "configured_sources"]
@@ -42,9 +42,12 @@ def configured_sources(
     if cloud == "ec2":
         sources.append(ec2_source(environ))
     elif cloud == "gce":
-        sources.append(gce_source(environ))
+        is_stated = "deadline_s" in config.model_fields_set
+        sources.append(gce_source(environ, seconds_left=None if is_stated else SHUTDOWN_S))
     elif cloud == "azure":
         sources.append(azure_source(environ))
     elif cloud in KNOWN_URLS:
         sources.append(url_source(cloud, KNOWN_URLS[cloud]))
+    elif cloud is not None and cloud != "none":
+        sources.append(url_source("url", cloud))
     return sources

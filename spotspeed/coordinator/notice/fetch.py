@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -106,11 +106,11 @@ def parse_date(text: str) -> float | None:
         return None
 
 
-def parse_moment(text: str) -> float | None:
-    """Wall time of an ISO 8601 date and time, which is UTC where it does not say; or None."""
+def parse_moment(text: str, zone: tzinfo = UTC) -> float | None:
+    """Wall time of an ISO 8601 date and time, which is of `zone` where it does not say; or None."""
     try:
         moment = datetime.fromisoformat(text.strip())
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).timestamp()
     except (ValueError, OverflowError):
         return None
 

@@ -17,24 +17,27 @@ from spotspeed.coordinator.notice.watch import LookError, Sighting, Watch
 _PERIOD_S = 0.05
 _POLL_S = 60
 _TIMEOUT_S = _POLL_S + 10.0
-_SHUTDOWN_S = 30.0
+SHUTDOWN_S = 30.0
+"""What a VM has that has not asked for the notice of 120 s."""
 _HOST = "metadata.google.internal"
 _PATH = "/computeMetadata/v1/instance/preempted"
 
 
-def gce_source(environ: Mapping[str, str] = os.environ) -> Watch:
+def gce_source(
+    environ: Mapping[str, str] = os.environ, *, seconds_left: float | None = SHUTDOWN_S
+) -> Watch:
     """Watches the metadata server, at GCE_METADATA_HOST where that is set.
 
-    The value names no time: the shutdown period of 30 s is what is left. Raises ConfigError for a
-    host that is none.
+    The value names no time, and is the same for a VM with 30 s and one that has asked for the
+    notice of 120 s: `seconds_left` is what is told. Raises ConfigError for a host that is none.
     """
     host = environ.get("GCE_METADATA_HOST") or _HOST
-    return Watch("gce", _GceLook(Address.parse(host)), period_s=_PERIOD_S)
+    return Watch("gce", _GceLook(Address.parse(host), seconds_left), period_s=_PERIOD_S)
 
 
 class _GceLook:
-    def __init__(self, address: Address) -> None:
-        self._address = address
+    def __init__(self, address: Address, seconds_left: float | None) -> None:
+        self._address, self._seconds_left = address, seconds_left
         self._etag = "0"
 
     def __call__(self, stop_fd: int) -> Iterator[Sighting]:
@@ -55,4 +58,4 @@ class _GceLook:
             raise LookError(f"{_PATH}: no ETag to wait with")
         self._etag = etag
         if value == b"TRUE":
-            yield Sighting("preempted", Notice("gce", _SHUTDOWN_S, stop=True))
+            yield Sighting("preempted", Notice("gce", self._seconds_left, stop=True))

@@ -220,7 +220,9 @@ def test_an_emulated_cloud_says_where_it_is_in_either_form(
     monkeypatch.setattr(signal, "pthread_sigmask", lambda *_: None)
     monkeypatch.setattr(signal, "sigtimedwait", lambda *_: signal.SIGTERM)
     found = document("emulate", "gce", "--after", "5")
-    assert (found["cloud"], found["after_s"], found["left_s"]) == ("gce", 5.0, 120.0)
+    assert (found["cloud"], found["after_s"], found["left_s"]) == ("gce", 5.0, None)
     (address,) = found["environ"].values()
     assert address.startswith("127.0.0.1:")
     assert call("emulate", "gce").stdout.startswith("export GCE_METADATA_HOST=127.0.0.1:")
+    assert document("emulate", "ec2")["left_s"] == 120.0
+    assert call("emulate", "gce", "--left", "60").exit_code == 2

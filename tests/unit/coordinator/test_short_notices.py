@@ -20,6 +20,8 @@ def test_a_notice_whose_time_has_passed_is_still_saved_as_well_as_it_goes() -> N
         job.start()
         assert job.each(lambda rank: job.train(rank, until=3)) == [3] * 2
         job.coordinators[1].notice("azure", 0.0)
+        for saver in job.savers:
+            saver.wait(lambda saver=saver: bool(saver.captures))
         assert job.each(lambda rank: job.coordinators[rank].gate(4)) == [GateVerdict.LEAVE] * 2
         for saver in job.savers:
             ((cut, digest, _),) = saver.outcomes
