@@ -76,7 +76,7 @@ class Checkpointer:
         self._binding.watches_forward = True
         self._small.record()
         self._session.stager.reserve(share_bytes(self._provider, self._small, engine.global_steps))
-        self._cuts.announce(self.world_size, self._provider.name)
+        self._cuts.announce(self.world_size, self._provider.name, int(engine.global_steps))
 
     # What users call.
 
@@ -91,8 +91,9 @@ class Checkpointer:
         if self._is_started:  # `spotspeed.run` has restored it, but for what came with `attach`.
             is_done = tag is None and not self._small.late
             return self._restored if is_done else self.load(self.origin, self.seat, tag)
+        seat = replace(self.seat, on_change=lambda: self._cuts.begin_change(self._saves))
         try:
-            restored = restore_agreed(self.origin, self.seat, tag=tag)
+            restored = restore_agreed(self.origin, seat, tag=tag)
         except LeavingError:
             self._leave("before the first step")
         except SpotSpeedError:

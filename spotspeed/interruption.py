@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Protocol
 
 from spotspeed import events
-from spotspeed.checkpoint.queue import SaveHandle
+from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
 from spotspeed.checkpoint.session import Session, Standing
 from spotspeed.checkpoint.survivors import Lost
 from spotspeed.config import SpotSpeedConfig
@@ -38,6 +39,8 @@ RETRY_PAUSE_S = 0.5
 """Between two attempts of this rank to save the last step."""
 LAST_WORDS_S = 2.0
 """How long a process may take to end once its last cut is settled and no time is left."""
+COPY_TIMEOUT_S = 1800.0
+"""Longest time that a restore waits for a copy of what it replaces."""
 LOST_PART_S = 3.0
 """How much longer than this rank's own part that of a lost rank may take to become durable."""
 
@@ -77,6 +80,8 @@ class Interruption:
         """The last stop: what was agreed, the sealed digest or None, and why not."""
         self.is_changing = False
         """The state is being replaced: there is nothing to capture."""
+        self.fresh_step: int | None = None
+        """The step that the engine was attached at."""
         self.lock = threading.Lock()
         self._saves, self._config, self._rank = saves, config, rank
         self._session: Session | None = None
@@ -92,12 +97,19 @@ class Interruption:
         self._session, self._exit, self._roll_call = session, exit_watch, roll_call
         self.planner.begin(session.storage.url)
 
-    def announce(self, world_size: int, provider: str) -> None:
-        """Tell whoever listens that this rank is protected from here on."""
+    def announce(self, world_size: int, provider: str, step: int) -> None:
+        """Tell whoever listens that this rank is protected from here on, at `step`."""
         assert self._session is not None
+        self.fresh_step = step
         url, epoch = self._session.storage.url, self._session.epoch
         events.emit(events.Attached(url, epoch, self._rank, world_size, provider))
         tell(attached=self._rank, epoch=epoch, path=url, deadline_s=self._config.notice.deadline_s)
+
+    def begin_change(self, saves: SaveQueue) -> None:
+        """A restore replaces what was there at the start: that has been copied, or never is."""
+        with self.lock:
+            self.is_changing = True
+        saves.close_window(COPY_TIMEOUT_S)
 
     def follow(self, handle: SaveHandle) -> None:
         """A save has been asked for: learn what it takes, and collect what it makes old."""
@@ -175,7 +187,10 @@ class Interruption:
         if standing is not None and cut.step in (standing.step, -1):
             return coordinator.report_durable(cut.round, standing.digest)
         if cut.step < 0:
-            return coordinator.report_failed(cut.round, "nothing has been trained or restored yet")
+            # No checkpoint is there that a restore could bring back: this is where the run begins.
+            if self.fresh_step is None:
+                raise CoordinationError("this rank is still being attached")
+            cut = replace(cut, step=self.fresh_step)
         if cut.stop and cut.round not in self._captures:
             left_s = cut.seconds_left
             left_s = self._config.notice.deadline_s if left_s is None else left_s
@@ -207,6 +222,7 @@ class Interruption:
         if digest is None and handle is not None and handle.level == "node":
             why += "; this rank's part is durable on its node only, and drained from there"
         if cut.stop:
+            cut = cut if handle is None else replace(cut, step=handle.step)
             self.outcome = (cut, digest, why)
             if self._exit is not None:
                 self._exit.expect(self.exit_code)

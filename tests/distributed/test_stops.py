@@ -107,12 +107,12 @@ def test_a_notice_while_the_script_ends_ends_all_ranks_as_interrupted(tmp_path):
     assert sealed(tmp_path).sealed[0].step == 3
 
 
-def test_a_notice_before_the_first_step_ends_all_ranks_at_once(tmp_path):
+def test_a_notice_before_the_first_step_saves_the_state_that_the_run_begins_with(tmp_path):
     ended = run_alone(2, "starting", tmp_path)
     texts = "\n".join(rank.stderr for rank in ended)
-    assert [rank.returncode for rank in ended] == [76, 76], texts
-    assert texts.count("leaving with 76") == 2, texts
-    assert sealed(tmp_path).sealed == ()
+    assert [rank.returncode for rank in ended] == [75, 75], texts
+    assert texts.count("durable at step 0; leaving with 75") == 2, texts
+    assert [(info.step, info.reason) for info in sealed(tmp_path).sealed] == [(0, "notice")]
 
 
 def test_a_killed_rank_ends_the_others_with_76_and_the_newest_tag(tmp_path):
