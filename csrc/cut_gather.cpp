@@ -40,7 +40,9 @@ std::string mismatch(std::vector<std::pair<Rank, Gather>> offers) {
 }  // namespace
 
 std::int64_t Offer::begin(std::string label, Blob value, Time now) {
-  ++serial_;
+  const bool is_taken_back = label == kWithdrawn;
+  if (is_taken_back && !message_) return serial_;
+  serial_ += is_taken_back ? 0 : 1;
   message_ = Gather{serial_, std::move(label), std::move(value)};
   wait_s_ = resend_s_;
   resend_at_ = now + resend_s_;
@@ -54,6 +56,11 @@ std::optional<std::int64_t> Offer::serial() const {
 }
 
 void Offer::answered(const Gathered& message) {
+  if (!message_ && message.serial == serial_ + 1) {
+    // The others have given up an exchange that this rank never joined: it is passed over.
+    ++serial_;
+    actions_.push_back(Exchanged{serial_, std::nullopt, ""});
+  }
   if (message.serial != serial()) return;
   if (!message.missing.empty()) {
     known_missing_ = message.missing;
@@ -87,6 +94,10 @@ void Desk::take(Rank sender, const Gather& message) {
   if (const auto known = results_.find(serial); known != results_.end()) {
     return post_(sender, known->second);
   }
+  if (serial <= newest_) {
+    return post_(sender,
+                 Gathered{serial, {}, "the other ranks have ended it without this one", {}});
+  }
   Offers& offers = offers_[serial];
   const auto found = find(offers, sender);
   const bool is_repeated = found != offers.end();
@@ -96,7 +107,9 @@ void Desk::take(Rank sender, const Gather& message) {
     offers.emplace_back(sender, message);
   }
   const std::string& label = offers.front().second.label;
-  if (std::any_of(offers.begin(), offers.end(),
+  if (message.label == kWithdrawn) {
+    finish({serial, {}, message.value.bytes, {}}, true);
+  } else if (std::any_of(offers.begin(), offers.end(),
                   [&label](const auto& offer) { return offer.second.label != label; })) {
     finish({serial, {}, mismatch(offers), {}});
   } else if (offers.size() == members_.size()) {
@@ -121,12 +134,17 @@ Ranks Desk::missing(std::int64_t serial) const {
   return found;
 }
 
-void Desk::finish(Gathered result) {
+void Desk::finish(Gathered result, bool is_for_all) {
   const std::int64_t serial = result.serial;
   const Offers offers = std::move(offers_[serial]);
   offers_.erase(serial);
+  newest_ = std::max(newest_, serial);
   const Gathered& kept = results_[serial] = std::move(result);
-  for (const auto& [rank, offer] : offers) post_(rank, kept);
+  if (is_for_all) {
+    for (const Rank rank : members_) post_(rank, kept);
+  } else {
+    for (const auto& [rank, offer] : offers) post_(rank, kept);
+  }
   while (results_.size() > kRememberedResults) results_.erase(results_.begin());
 }
 

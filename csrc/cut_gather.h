@@ -11,13 +11,17 @@
 
 namespace spotspeed::cut {
 
+// The label with which a rank takes its offer back; no exchange is called so.
+inline constexpr char kWithdrawn[] = "withdrawn";
+
 // One rank's side: its value, sent again, ever more slowly, until the result is there.
 class Offer {
  public:
   Offer(double resend_s, Say say, Actions& actions)
       : resend_s_(resend_s), say_(std::move(say)), actions_(actions) {}
 
-  // Offers `value`; the serial of this exchange.
+  // Offers `value`; the serial of this exchange. With the label kWithdrawn the exchange that runs
+  // is given up, and `value` says why; it ends with that, unless all ranks had come before.
   std::int64_t begin(std::string label, Blob value, Time now);
   std::optional<std::int64_t> serial() const;
   const Ranks& known_missing() const { return known_missing_; }
@@ -44,19 +48,20 @@ class Desk {
  public:
   Desk(Ranks members, Post post) : members_(std::move(members)), post_(std::move(post)) {}
 
-  // One rank's value; answers all when it was the last one, or when labels differ.
+  // One rank's value; answers all when it was the last, or labels differ, or one gives up.
   void take(Rank sender, const Gather& message);
   // Ranks whose value has not come.
   Ranks missing(std::int64_t serial) const;
 
  private:
   using Offers = std::vector<std::pair<Rank, Gather>>;
-  void finish(Gathered result);
+  void finish(Gathered result, bool is_for_all = false);
 
   Ranks members_;
   Post post_;
   std::map<std::int64_t, Offers> offers_;
   std::map<std::int64_t, Gathered> results_;
+  std::int64_t newest_ = 0;  // The last exchange that has ended; those before it have, too.
 };
 
 }  // namespace spotspeed::cut

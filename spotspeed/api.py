@@ -20,7 +20,7 @@ from typing import Any
 
 from spotspeed import dropin
 from spotspeed.attachment import attach
-from spotspeed.checkpoint.agreement import share
+from spotspeed.checkpoint.agreement import PATIENCE_S, share
 from spotspeed.checkpoint.catalog import CheckpointInfo, describe
 from spotspeed.checkpoint.marker import Marker
 from spotspeed.checkpoint.queue import SaveHandle
@@ -56,11 +56,13 @@ def async_save(
 
     Raises CaptureError naming the key path of what cannot be stored, ConfigError without a path,
     for one that cannot be written to, or for a tag that is no name; the same on every rank.
-    CoordinationError names the ranks that do not call, once they have begun another training
-    forward (one that is only slow is waited for); the training may go on. What fails later comes
-    out of the futures.
+    CoordinationError names the ranks that do not call: at once when they have begun another
+    training forward, else after `coordinator.asking_timeout_s` (30 s), for who is late as well; the
+    training may go on. What fails later comes out of the futures.
     """
-    return _begin(_checkpointer_of(engine, path), path, tag, client_state)
+    checkpointer = _checkpointer_of(engine, path)
+    asking_s = checkpointer.config.coordinator.asking_timeout_s
+    return _begin(checkpointer, path, tag, client_state, asking_s=asking_s)
 
 
 def save(
@@ -71,6 +73,7 @@ def save(
 ) -> CheckpointInfo:
     """As `async_save`, and wait until the checkpoint is durable: what was stored, on every rank.
 
+    As in `engine.save_checkpoint`, ranks that are late are waited for, up to ten minutes.
     Raises what went wrong on any rank, on every rank.
     """
     checkpointer = _checkpointer_of(engine, path)
@@ -115,6 +118,8 @@ def _begin(
     path: Path | None,
     tag: str | None,
     client_state: Mapping[str, Any] | None,
+    *,
+    asking_s: float = PATIENCE_S,
 ) -> SaveHandle:
     folder, step = _folder_of(checkpointer, path), int(checkpointer.engine.global_steps)
     if tag is None:
@@ -123,7 +128,7 @@ def _begin(
         check_name("tag", tag)
     except FormatError as error:
         raise ConfigError(str(error)) from None
-    return dropin.begin(checkpointer, Request(folder, tag, client_state))
+    return dropin.begin(checkpointer, Request(folder, tag, client_state, asking_s=asking_s))
 
 
 def _folder_of(checkpointer: Checkpointer, path: Path | None) -> str | None:

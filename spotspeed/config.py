@@ -106,6 +106,8 @@ class CoordinatorConfig(_Section):
     """null: own sockets, found through MPI or the job's store; "mpi": MPI's own messages."""
     peer_timeout_s: PositiveFloat = 15.0
     """A rank that is silent for so long is lost."""
+    asking_timeout_s: PositiveFloat = 30.0
+    """All ranks ask for an asynchronous save within so long, or it is an error on all of them."""
 
 
 class ElasticConfig(_Section):

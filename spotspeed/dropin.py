@@ -15,7 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from spotspeed.checkpoint.agreement import Verdict, all_or_none, share, share_all, waiting
+from spotspeed.checkpoint.agreement import (
+    PATIENCE_S,
+    Verdict,
+    all_or_none,
+    share,
+    share_all,
+    waiting,
+)
 from spotspeed.checkpoint.marker import (
     LATEST_FILE,
     LATEST_UNIVERSAL_FILE,
@@ -62,6 +69,8 @@ class Request:
     client_state: Mapping[str, Any] | None = None
     is_latest: bool = True
     excludes_frozen: bool = False
+    asking_s: float = PATIENCE_S
+    """How long all ranks may take to ask for it."""
 
 
 def save(checkpointer: Checkpointer, arguments: Mapping[str, Any]) -> bool:
@@ -214,7 +223,10 @@ def _agree(checkpointer: Checkpointer, request: Request) -> tuple[dict[str, Any]
     mine = {"tag": request.tag, "folder": request.folder, "error": "" if refusal is None else kind,
             "text": str(refusal), "step": int(checkpointer.engine.global_steps)}  # fmt: skip
     with checkpointer.passing.asking():
-        answers = share_all(checkpointer.exchange, "save-as", mine)
+        try:
+            answers = share_all(waiting(checkpointer.exchange, request.asking_s), "save-as", mine)
+        except CoordinationError as error:
+            raise type(error)(f"every rank has to ask for a save, in its turn: {error}") from None
     if refusal is not None:
         raise refusal
     if answers[0]["error"]:

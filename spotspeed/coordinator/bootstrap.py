@@ -18,9 +18,10 @@ TIMEOUT_S = 120.0
 
 
 def connect_ranks(
-    settings: CoordinatorConfig, rank: int, world_size: int, *, timeout_s: float = TIMEOUT_S
+    settings: CoordinatorConfig, rank: int, world_size: int, *, timeout_s: float | None = None
 ) -> Transport:
     """The transport that `settings` ask for; see `bootstrap`. Raises ConfigError without MPI."""
+    timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
     if settings.transport is None or world_size == 1:
         return bootstrap(rank=rank, world_size=world_size, timeout_s=timeout_s,
                          peer_timeout_s=settings.peer_timeout_s)  # fmt: skip

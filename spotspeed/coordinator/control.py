@@ -343,5 +343,5 @@ class Control:
             elif isinstance(action, AllClosed):
                 self.is_closed = True
             else:
-                self.exchanged = {action.serial: action}
+                self.exchanged = action.join(self.exchanged)
             self.lock.notify_all()

@@ -25,13 +25,16 @@ from spotspeed.coordinator.listener import STEP_BITS, STEP_MASK, CutListener, So
 from spotspeed.coordinator.post import ENCODED_BYTES_MAX
 from spotspeed.coordinator.signals import SignalListener
 from spotspeed.coordinator.transport import Transport
-from spotspeed.core.cut_actions import Timing
+from spotspeed.core.cut_actions import Exchanged, Timing
+from spotspeed.core.cut_gather import WITHDRAWN
 from spotspeed.core.cut_messages import Cut, Wish
 from spotspeed.errors import CoordinationError, CutTimeoutError, LeavingError, PeerLostError
 
 __all__ = ["Coordinator", "Cut", "CutListener", "GateVerdict"]
 
 EXCHANGE_TIMEOUT_S = 600.0
+WITHDRAWAL_S = 5.0
+"""How long a rank that gives an exchange up waits to hear that it is over for all."""
 LEAVE_GRACE_S = 1.5
 """How long the main thread may take to the gate once all ranks may leave."""
 REARM_S = 2.0
@@ -149,7 +152,8 @@ class Coordinator:
         """Everybody's `value` by rank; every rank calls it, with equal labels, in equal order.
 
         Raises CoordinationError naming ranks when one is missing after `timeout_s` or is elsewhere
-        in the program, PeerLostError when one is gone, LeavingError when all leave.
+        in the program, PeerLostError when one is gone, LeavingError when all leave. A rank that
+        comes after others have given up gets their error.
         """
         if len(value) * self._world_size > ENCODED_BYTES_MAX // 2:
             raise CoordinationError(
@@ -238,28 +242,43 @@ class Coordinator:
             return GateVerdict.LEAVE
 
     def _exchange(self, label: str, value: bytes, timeout_s: float) -> list[bytes]:
-        control, end = self._control, time.monotonic() + timeout_s
+        control = self._control
         self._serial += 1
-        serial = self._serial
         control.gather(label, value)
-        with self._lock:
-            while serial not in control.exchanged:
-                self._check_alive()
-                left = end - time.monotonic()
-                if left <= 0:
-                    missing = list(control.missing())
-                    raise CoordinationError(
-                        f"exchange {label!r}: not complete after {timeout_s:g} s; "
-                        f"missing: {f'ranks {missing[:16]}' if missing else 'the answer'}"
-                    )
-                self._lock.wait(left)
-            result = control.exchanged.pop(serial)
+        result = self._await_exchange(timeout_s)
+        if result is None:
+            missing = list(control.missing())
+            why = (
+                f"not complete after {timeout_s:g} s; "
+                f"missing: {f'ranks {missing[:16]}' if missing else 'the answer'}"
+            )
+            # Or those who come late would find it complete, and begin what this rank has given up.
+            control.gather(WITHDRAWN, why.encode())
+            result = self._await_exchange(WITHDRAWAL_S) or Exchanged(0, None, why)
         if result.values is not None:
             return list(result.values)
         kind = LeavingError if control.departed is not None else CoordinationError
         if control.has_lost():
             kind = PeerLostError
         raise kind(f"exchange {label!r}: {result.why}")
+
+    def _await_exchange(self, timeout_s: float) -> Exchanged | None:
+        """How it ended; None when it has not after `timeout_s`.
+
+        Exchanges that the others gave up without this rank have taken serials of their own.
+        """
+        control, end = self._control, time.monotonic() + timeout_s
+        with self._lock:
+            while True:
+                result = control.exchanged.pop(self._serial, None)
+                if result is not None and result.is_passed_over:
+                    self._serial += 1
+                    continue
+                left = end - time.monotonic()
+                if result is not None or left <= 0:
+                    return result
+                self._check_alive()
+                self._lock.wait(left)
 
     def _check_alive(self) -> None:
         if self._control.is_over:

@@ -150,7 +150,7 @@ class NativeControl:
                 elif isinstance(action, AllClosed):
                     self.is_closed = True
                 elif isinstance(action, Exchanged):
-                    self.exchanged = {action.serial: action}
+                    self.exchanged = action.join(self.exchanged)
 
     def _settle(self, cut: Cut, digest: str | None, why: str) -> None:
         if digest is not None:

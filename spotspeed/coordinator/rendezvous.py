@@ -8,12 +8,11 @@ as what carries it: whoever can read the job's store can join the job.
 
 from __future__ import annotations
 
-import itertools
 import json
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +25,7 @@ from spotspeed.errors import CoordinationError
 _SECRET_BYTES = 32
 _SLOT_BYTES = 4096
 
-_attempts = itertools.count()
+_PREFIX = "spotspeed/rendezvous"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,37 +97,61 @@ class MpiRendezvous:
 
 
 class StoreRendezvous:
-    """Rank 0 collects what the others put in a torch store, and publishes it with the secret."""
+    """Rank 0 collects what the others put in a torch store, and publishes it with the secret.
+
+        spotspeed/rendezvous/RANK          that rank's token of this attempt, and where it listens
+        spotspeed/rendezvous/for/TOKEN     the answer to that token: the name of the meeting
+        spotspeed/rendezvous/all/MEETING   the secret, and where everybody listens
+
+    What an attempt has left is never taken for the next one's: a rank takes its own key away when
+    it gives up, rank 0 takes away what it has read, and answers go to tokens.
+    """
 
     def __init__(self, store: Any) -> None:
         self.name = f"the job's {type(_innermost(store)).__name__}"
         self._store = second_client(store)
 
     def meet(self, own: Endpoint, *, world_size: int, timeout_s: float) -> Introduction:
-        prefix = f"spotspeed/rendezvous/{next(_attempts)}"
-        deadline_s = time.monotonic() + timeout_s
-        if own.rank != 0:
-            self._store.set(f"{prefix}/{own.rank}", own.encode())
-            published = self._get(f"{prefix}/all", deadline_s)
-        else:
-            others = [self._get(f"{prefix}/{rank}", deadline_s) for rank in range(1, world_size)]
-            endpoints = [text.decode() for text in (own.encode(), *others)]
-            published = json.dumps([secrets.token_hex(_SECRET_BYTES), endpoints]).encode()
-            self._store.set(f"{prefix}/all", published)
+        deadline_s, token = time.monotonic() + timeout_s, secrets.token_hex(16)
+        place, ranks = f"{_PREFIX}/{own.rank}", range(world_size)
+        self._store.set(place, json.dumps([token, own.encode().decode()]).encode())
+        try:
+            if own.rank == 0:
+                meeting = self._publish(token, ranks, deadline_s)
+            else:
+                meeting = self._get(f"{_PREFIX}/for/{token}", ranks, deadline_s).decode()
+        except CoordinationError:
+            self._store.delete_key(place)
+            raise
+        published = self._get(f"{_PREFIX}/all/{meeting}", ranks, deadline_s)
         secret, texts = json.loads(published)
         found = [Endpoint.decode(text.encode()) for text in texts]
         _check_complete([endpoint.rank for endpoint in found], world_size)
         return Introduction(bytes.fromhex(secret), {each.rank: each for each in found})
 
-    def _get(self, key: str, deadline_s: float) -> bytes:
+    def _publish(self, meeting: str, ranks: Sequence[int], deadline_s: float) -> str:
+        """Rank 0 makes one text of everybody's, under the name `meeting`, and tells everybody."""
+        words = [json.loads(self._get(f"{_PREFIX}/{rank}", ranks, deadline_s)) for rank in ranks]
+        for rank in ranks:
+            self._store.delete_key(f"{_PREFIX}/{rank}")
+        published = [secrets.token_hex(_SECRET_BYTES), [text for _, text in words]]
+        self._store.set(f"{_PREFIX}/all/{meeting}", json.dumps(published).encode())
+        for token, _ in words:
+            self._store.set(f"{_PREFIX}/for/{token}", meeting.encode())
+        return meeting
+
+    def _get(self, key: str, awaited: Sequence[int], deadline_s: float) -> bytes:
+        """The value at `key`; the error names those of the `awaited` ranks that have not come."""
         left_s = max(0.001, deadline_s - time.monotonic())
         try:
             self._store.wait([key], timedelta(seconds=left_s))
             return bytes(self._store.get(key))
         except RuntimeError as error:
+            missing = [rank for rank in awaited if not self._store.check([f"{_PREFIX}/{rank}"])]
             raise CoordinationError(
-                f"the ranks did not meet in {self.name}: nothing at {key!r} in time; every rank "
-                f"must attach. The store says: {str(error).splitlines()[0]}"
+                f"the ranks did not meet in {self.name}: ranks {missing[:16]} did not come in "
+                f"time; every rank must attach, or ask for the save. The store says: "
+                f"{str(error).splitlines()[0]}"
             ) from error
 
 

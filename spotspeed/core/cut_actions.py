@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spotspeed.core.cut_messages import Cut, Message, Term
@@ -88,11 +89,27 @@ class AllClosed:
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """The exchange of that serial is over: values by rank, or None and the reason."""
+    """The exchange of that serial is over: values by rank, or None and the reason.
+
+    Without a reason: given up by the others before this rank joined it, and so no concern of it.
+    """
 
     serial: int
     values: tuple[bytes, ...] | None
     why: str
+
+    @property
+    def is_passed_over(self) -> bool:
+        """Whether this rank has never joined it."""
+        return self.values is None and not self.why
+
+    def join(self, ended: Mapping[int, Exchanged]) -> dict[int, Exchanged]:
+        """What a rank that is in no more than one exchange still has to know of those that ended.
+
+        The others were asked for by a call that is over, but for those it has to pass over yet.
+        """
+        passed = {serial: each for serial, each in ended.items() if each.is_passed_over}
+        return passed | {self.serial: self}
 
 
 Action = Send | Decided | Capture | Settled | Departed | PeerLost | AllClosed | Exchanged

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from spotspeed.core.cut_actions import Action, Exchanged
 from spotspeed.core.cut_messages import Gather, Gathered, Message
 
+WITHDRAWN = "withdrawn"
+"""The label with which a rank takes its offer back; no exchange is called so."""
 REMEMBERED_RESULTS = 4
 SLOWEST_RESEND_S = 5.0
 
@@ -29,8 +31,15 @@ class Offer:
     _wait_s: float = 0.0
 
     def begin(self, label: str, value: bytes, now: float) -> int:
-        """Offer `value`; the serial of this exchange."""
-        self._serial += 1
+        """Offer `value`; the serial of this exchange.
+
+        With the label WITHDRAWN the exchange that runs is given up, and `value` says why; it ends
+        with that, unless all ranks had come before.
+        """
+        is_taken_back = label == WITHDRAWN
+        if is_taken_back and self._message is None:
+            return self._serial
+        self._serial += not is_taken_back
         self._message = Gather(self._serial, label, value)
         self._wait_s, self._resend_at = self.resend_s, now + self.resend_s
         self.known_missing = ()
@@ -43,6 +52,10 @@ class Offer:
         return None if self._message is None else self._message.serial
 
     def answered(self, message: Gathered) -> None:
+        if self._message is None and message.serial == self._serial + 1:
+            # The others have given up an exchange that this rank never joined: it is passed over.
+            self._serial += 1
+            self.actions.append(Exchanged(self._serial, None, ""))
         if message.serial != self.serial:
             return
         if message.missing:
@@ -77,17 +90,23 @@ class Desk:
     post: Callable[[int, Message], None]
     _offers: dict[int, dict[int, Gather]] = field(default_factory=dict)
     _results: dict[int, Gathered] = field(default_factory=dict)
+    _newest: int = 0
+    """The last exchange that has ended; those before it have, too."""
 
     def take(self, sender: int, message: Gather) -> None:
-        """One rank's value; answers all when it was the last one, or when labels differ."""
+        """One rank's value; answers all when it was the last, or labels differ, or one gives up."""
         serial = message.serial
-        if serial in self._results:
-            self.post(sender, self._results[serial])
+        if serial in self._results or serial <= self._newest:
+            over = Gathered(serial, (), "the other ranks have ended it without this one", ())
+            self.post(sender, self._results.get(serial, over))
             return
         offers = self._offers.setdefault(serial, {})
         is_repeated = sender in offers
         offers[sender] = message
-        if len({offer.label for offer in offers.values()}) > 1:
+        if message.label == WITHDRAWN:
+            why = message.value.decode(errors="replace")
+            self._finish(Gathered(serial, (), why, ()), everybody=True)
+        elif len({offer.label for offer in offers.values()}) > 1:
             self._finish(Gathered(serial, (), _mismatch(offers), ()))
         elif len(offers) == len(self.members):
             values = tuple(offers[rank].value for rank in self.members)
@@ -100,9 +119,11 @@ class Desk:
         offers = self._offers.get(serial, {})
         return tuple(rank for rank in self.members if rank not in offers)
 
-    def _finish(self, result: Gathered) -> None:
+    def _finish(self, result: Gathered, *, everybody: bool = False) -> None:
         self._results[result.serial] = result
-        for rank in self._offers.pop(result.serial):
+        self._newest = max(self._newest, result.serial)
+        offers = self._offers.pop(result.serial)
+        for rank in self.members if everybody else offers:
             self.post(rank, result)
         while len(self._results) > REMEMBERED_RESULTS:
             del self._results[min(self._results)]

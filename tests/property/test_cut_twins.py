@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from spotspeed import _native
 from spotspeed.core.cut_actions import Timing
+from spotspeed.core.cut_gather import WITHDRAWN
 from spotspeed.core.cut_messages import (
     Closed,
     ClosedHeard,
@@ -112,7 +113,7 @@ def converse(seed: int, steps: int) -> None:
         lambda: twins.durable(babel.small(), babel.digest(), now),
         lambda: twins.failed(babel.small(), babel.word(), now),
         lambda: twins.delivered(babel.small(), now),
-        lambda: twins.gather(rng.choice("ab"), b"mine", now),
+        lambda: twins.gather(rng.choice(("a", "b", WITHDRAWN)), b"mine", now),
         lambda: twins.tick(now),
     )  # fmt: skip
     for _ in range(steps):

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from deepspeed import comm
 from engines import RANK, WORLD_SIZE, main, make, raises, train
 
 import spotspeed
 from spotspeed import events
 from spotspeed.checkpoint import passing, queue
 from spotspeed.checkpoint.keep_record import KeepRecord, read_keep
+from spotspeed.coordinator import bootstrap
 from spotspeed.core.retention import Keep
 from spotspeed.errors import (
     CaptureError,
@@ -328,6 +330,33 @@ def check_a_save_that_some_ranks_ask_for_alone_is_an_error_and_training_goes_on(
     spotspeed.async_save(engine, path, "late").wait(60)
     assert spotspeed.load(engine, path, "late").step == 2
     engine.destroy()
+
+
+def check_a_save_on_one_rank_is_an_error_while_the_others_wait_for_it_in_a_barrier() -> None:
+    if WORLD_SIZE == 1:
+        return
+    bootstrap.TIMEOUT_S = 2.0
+    first = make(1)
+    if RANK == 0:
+        error = raises(CoordinationError, lambda: spotspeed.async_save(first, FOLDER / "first"))
+        assert "ranks [1] did not come" in str(error), error
+    comm.barrier()
+    bootstrap.TIMEOUT_S = 120.0
+    spotspeed.save(first, FOLDER / "first")
+    block = {"path": str(FOLDER / "barrier"), "interval": {"seconds": None},
+             "coordinator": {"asking_timeout_s": 1.0}}  # fmt: skip
+    engine = make(2, spotspeed=block)
+    spotspeed.attach(engine)
+    for alone in (0, 1, 0):
+        if alone == RANK:
+            error = raises(CoordinationError, lambda: spotspeed.async_save(engine, tag="alone"))
+            assert f"missing: ranks [{1 - alone}]" in str(error), error
+        comm.barrier()
+    train(engine, 1)
+    spotspeed.async_save(engine, tag="together").wait(60)
+    assert [info.tag for info in spotspeed.list_checkpoints(block["path"])] == ["together"]
+    for each in (first, engine):
+        each.destroy()
 
 
 if __name__ == "__main__":

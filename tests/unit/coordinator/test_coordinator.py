@@ -266,51 +266,6 @@ def test_steps_may_jump_back_when_a_state_is_loaded() -> None:
         assert {saver.captures[0].step for saver in job.savers} == set(last)
 
 
-def test_an_exchange_gives_every_rank_all_values_in_order() -> None:
-    with job_of(4) as job:
-        for turn in range(20):
-            found = job.each(
-                lambda rank, turn=turn: job.coordinators[rank].exchange(
-                    f"turn {turn}", b"%d.%d" % (turn, rank)
-                )
-            )
-            assert found == [[b"%d.%d" % (turn, rank) for rank in range(4)]] * 4
-
-
-def test_an_exchange_of_values_larger_than_a_message_arrives_whole() -> None:
-    with job_of(3) as job:
-        values = [bytes([rank]) * 1_500_000 for rank in range(3)]
-        assert job.each(lambda r: job.coordinators[r].exchange("x", values[r])) == [values] * 3
-        with pytest.raises(CoordinationError, match="at most"):
-            job.coordinators[0].exchange("x", bytes(3_000_000))
-
-
-def test_ranks_at_different_places_of_the_program_are_named() -> None:
-    with job_of(3) as job:
-        labels = ["restore", "restore", "save"]
-
-        def exchange(rank: int) -> str:
-            with pytest.raises(CoordinationError) as caught:
-                job.coordinators[rank].exchange(labels[rank], b"")
-            return str(caught.value)
-
-        for text in job.each(exchange):
-            assert "exchange 'restore'; ranks [2] exchange 'save'" in text
-
-
-def test_a_rank_that_does_not_come_to_an_exchange_is_named_by_all_others() -> None:
-    with job_of(3) as job:
-
-        def exchange(rank: int) -> str:
-            if rank == 1:
-                return "ranks [1]"
-            with pytest.raises(CoordinationError) as caught:
-                job.coordinators[rank].exchange("x", b"", 1.0)
-            return str(caught.value)
-
-        assert all("ranks [1]" in text for text in job.each(exchange))
-
-
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_the_survivors_of_a_lost_rank_stop_at_one_step_and_leave(victim: int) -> None:
     with job_of(3) as job:
