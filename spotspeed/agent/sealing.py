@@ -29,7 +29,7 @@ Outcome = Callable[[Any, Manifest | SpotSpeedError], None]
 
 
 class HopelessError(StorageError):
-    """Another rank of this node has lost its part for good, so that nobody will seal the save."""
+    """Another rank has lost its part for good, so that nobody will seal the save."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +40,9 @@ class _Watched:
     began: float
     due: float
     pause_s: float
+    is_ordered: bool
+    is_passed: bool = False
+    """Whether a later save has been sealed."""
 
 
 class Sealer:
@@ -57,15 +60,23 @@ class Sealer:
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="sealer", daemon=True).start()
 
-    def add(self, save: Part, on_outcome: Outcome, *, is_wanted: Callable[[], bool]) -> None:
+    def add(
+        self, save: Part, on_outcome: Outcome, *, is_wanted: Callable[[], bool],
+        is_ordered: bool = False,
+    ) -> None:  # fmt: skip
         """Watch `save`; `on_outcome` is called once, on the sealer's thread.
+
+        When all ranks store their saves in their order (`is_ordered`), one that is not complete
+        when a later one is sealed never will be.
 
         While `is_wanted()` is false (the rank is gone) the save is let go after a first attempt
         that found other ranks missing: they, or the next start, will seal it.
         """
         now = time.monotonic()
         with self._changed:
-            self._watched.append(_Watched(save, on_outcome, is_wanted, now, now, FIRST_PAUSE_S))
+            self._watched.append(
+                _Watched(save, on_outcome, is_wanted, now, now, FIRST_PAUSE_S, is_ordered)
+            )
             self._changed.notify_all()
 
     def broken(self, directory: str, rank: int, reason: str, *, is_final: bool = True) -> None:
@@ -102,6 +113,21 @@ class Sealer:
             settled = [watched for watched in group if self._settle(watched, outcome)]
             with self._changed:
                 self._watched = [watched for watched in self._watched if watched not in settled]
+                if isinstance(outcome, Manifest):
+                    self._pass(ticket)
+
+    def _pass(self, sealed: Ticket) -> None:
+        """Look once more at what should have been sealed before; called under the lock.
+
+        The save of a notice is stored beside the others, so that it tells nothing of them.
+        """
+        if sealed.reason == "notice":
+            return
+        for watched in self._watched:
+            ticket = watched.save.ticket
+            is_older = ticket.epoch == sealed.epoch and ticket.step < sealed.step
+            if watched.is_ordered and is_older and ticket.reason != "notice":
+                watched.is_passed, watched.due = True, 0.0
 
     def _settle(self, watched: _Watched, outcome: Manifest | SpotSpeedError | None) -> bool:
         """Apply what an attempt gave; whether the save is settled now."""
@@ -125,12 +151,12 @@ class Sealer:
         return False
 
     def _try(self, ticket: Ticket) -> Manifest | SpotSpeedError | None:
-        directory = ticket.directory
+        directory, is_known = ticket.directory, True
         try:
             manifest = try_seal(self._storage, ticket)
         except StorageError as error:
             _logger.warning("%s: sealing failed for now: %s", directory, error)
-            manifest = None
+            manifest, is_known = None, False
         except SpotSpeedError as error:
             return error
         except Exception as error:
@@ -139,6 +165,13 @@ class Sealer:
             return StorageError(f"{directory}: sealing failed in the saver: {error!r}")
         with self._changed:
             broken = [error for (at, _), error in self._broken.items() if at == directory]
+            is_passed = any(watched.is_passed for watched in self._watched
+                            if watched.save.ticket.directory == directory)  # fmt: skip
+        if manifest is None and is_known and is_passed:
+            return HopelessError(
+                f"{directory} will not be sealed: a later save is, and other ranks' parts of this "
+                f"one have not come, so they are lost"
+            )
         if manifest is None and broken:
             return next((error for error in broken if isinstance(error, HopelessError)), broken[0])
         return manifest

@@ -272,7 +272,8 @@ class Session:
         save.progress.state = "written"
         self.send(Stored(save.number, save.objects or ()))
         settle = partial(self._judged, storage=house.storage)
-        house.sealer.add(save, settle, is_wanted=lambda: self.is_connected)
+        house.sealer.add(save, settle, is_wanted=lambda: self.is_connected,
+                         is_ordered=self._tier is None)  # fmt: skip
 
     def _judged(
         self, save: IncomingSave, outcome: Manifest | SpotSpeedError, storage: Storage

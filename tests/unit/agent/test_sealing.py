@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,12 @@ def _layout(rank: int) -> StreamLayout:
     return pack([Fragment(key, "uint8", (8,), Interval(0, 8))], chunk_bytes=4096)
 
 
-def _incoming(rank: int) -> IncomingSave:
-    return IncomingSave(Begin(1, TICKET, rank, 4096, 1, 8, "", ()), _layout(rank))
+def _incoming(rank: int, ticket: Ticket) -> IncomingSave:
+    return IncomingSave(Begin(1, ticket, rank, 4096, 1, 8, "", ()), _layout(rank))
 
 
-def _write(storage: LocalStorage, rank: int) -> None:
-    with ShardWriter(storage, TICKET, rank, _layout(rank)) as writer:
+def _write(storage: LocalStorage, rank: int, ticket: Ticket = TICKET) -> None:
+    with ShardWriter(storage, ticket, rank, _layout(rank)) as writer:
         writer.put_chunk(0, bytes(8))
         writer.finish()
 
@@ -43,10 +44,13 @@ def outcomes() -> Outcomes:
     return queue.SimpleQueue()
 
 
-def _add(sealer: Sealer, rank: int, outcomes: Outcomes, *, is_wanted: bool = True) -> IncomingSave:
-    save = _incoming(rank)
+def _add(
+    sealer: Sealer, rank: int, outcomes: Outcomes, *, is_wanted: bool = True,
+    ticket: Ticket = TICKET, is_ordered: bool = False,
+) -> IncomingSave:  # fmt: skip
+    save = _incoming(rank, ticket)
     sealer.add(save, lambda save, outcome: outcomes.put((save.rank, outcome)),
-               is_wanted=lambda: is_wanted)  # fmt: skip
+               is_wanted=lambda: is_wanted, is_ordered=is_ordered)  # fmt: skip
     return save
 
 
@@ -104,6 +108,42 @@ def test_a_rank_that_tries_again_is_waited_for(tmp_path: Path, outcomes: Outcome
     _add(sealer, 0, outcomes)
     _write(storage, 1)
     assert isinstance(outcomes.get(timeout=LIMIT_S)[1], Manifest)
+
+
+def test_an_older_save_is_hopeless_when_a_later_one_of_all_ranks_is_sealed(
+    tmp_path: Path, outcomes: Outcomes
+) -> None:
+    """Another node has lost its part: nobody says so, but its later part comes after it."""
+    storage = LocalStorage(tmp_path)
+    sealer = Sealer(storage)
+    lost, done, later = (replace(TICKET, step=step) for step in (8, 9, 20))
+    for ticket in (lost, done, later):
+        _write(storage, 0, ticket)
+        _add(sealer, 0, outcomes, ticket=ticket, is_ordered=True)
+    for ticket in (done, later):
+        _write(storage, 1, ticket)
+    found = [outcomes.get(timeout=LIMIT_S)[1] for _ in range(3)]
+    assert {item.ticket.step for item in found if isinstance(item, Manifest)} == {9, 20}
+    (hopeless,) = (item for item in found if isinstance(item, HopelessError))
+    assert lost.directory in str(hopeless) and "are lost" in str(hopeless)
+
+
+@pytest.mark.parametrize(("is_ordered", "reason"), [(False, "periodic"), (True, "notice")])
+def test_a_later_save_that_may_have_overtaken_others_tells_nothing(
+    tmp_path: Path, outcomes: Outcomes, is_ordered: bool, reason: str
+) -> None:
+    storage = LocalStorage(tmp_path)
+    sealer = Sealer(storage)
+    later = replace(TICKET, step=20, reason=reason)
+    for ticket in (TICKET, later):
+        _write(storage, 0, ticket)
+        _add(sealer, 0, outcomes, ticket=ticket, is_ordered=is_ordered)
+    _write(storage, 1, later)
+    first = outcomes.get(timeout=LIMIT_S)[1]
+    assert isinstance(first, Manifest) and first.ticket == later
+    _write(storage, 1)
+    second = outcomes.get(timeout=LIMIT_S)[1]
+    assert isinstance(second, Manifest) and second.ticket == TICKET
 
 
 def test_an_abandoned_save_is_not_waited_for(tmp_path: Path, outcomes: Outcomes) -> None:
