@@ -66,16 +66,16 @@ def certify(
     for name, rehearsal in (("straight", straight), ("first", first), ("resumed", resumed)):
         say(f"{name}: {rehearsal.steps} steps")
         _launch(command, rehearsal)
-    one = read_losses(Path(straight.log))
-    two = read_losses(Path(first.log))
-    three = read_losses(Path(resumed.log))
-    differences = [*_compare_losses(one, two, three)]
+    one, two, three = (read_log(Path(each.log)) for each in (straight, first, resumed))
+    if not one.losses:
+        raise ConfigError("no rank has called backward() of the engine or of a loss, so there are "
+                          "no losses to compare")  # fmt: skip
+    differences = _compare_losses(one.losses, two.losses, three.losses)
     ended = _ended(scratch / "straight")
     state = compare(ended, _ended(scratch / "resumed"))
-    trained = sorted({step for step, _, _ in one})
     return Certificate(
-        tuple(command), len({rank for _, _, rank in one}), trained[0], trained[steps - 1],
-        trained[-1], len(one), state.tensors, state.size_bytes, ended.manifest.digest,
+        tuple(command), one.ranks, one.steps[0], one.steps[steps - 1],
+        one.steps[-1], len(one.losses), state.tensors, state.size_bytes, ended.manifest.digest,
         (*differences, *state.differences),
     )  # fmt: skip
 
@@ -97,15 +97,29 @@ def _launch(command: Sequence[str], rehearsal: Rehearsal) -> None:
         )
 
 
-def read_losses(folder: Path) -> Losses:
-    """What the ranks of a launch have logged."""
-    found: dict[tuple[int, int, int], str] = {}
-    for file in sorted(folder.glob("rank-*.losses")):
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What the ranks of a launch have logged. Only the last stage of a pipeline has losses."""
+
+    ranks: int
+    steps: tuple[int, ...]
+    """The updates, in order."""
+    losses: Losses
+
+
+def read_log(folder: Path) -> Log:
+    """What a launch has left in `folder`."""
+    files = sorted(folder.glob("rank-*.losses"))
+    losses: dict[tuple[int, int, int], str] = {}
+    steps: set[int] = set()
+    for file in files:
         rank = int(file.stem.removeprefix("rank-"))
         for line in file.read_text().splitlines():
-            step, micro_step, bits = line.split()
-            found[int(step), int(micro_step), rank] = bits
-    return found
+            step, *loss = line.split()
+            steps.add(int(step))
+            if loss:
+                losses[int(step), int(loss[0]), rank] = loss[1]
+    return Log(len(files), tuple(sorted(steps)), losses)
 
 
 def _compare_losses(straight: Losses, first: Losses, resumed: Losses) -> list[Difference]:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from spotspeed.rehearsal import VARIABLE, Rehearsal
-from tests.distributed.job import LIMIT_S, SIZE, TRAIN, by_mpirun, ds_config, scripts
+from tests.distributed.job import ENDLESS, LIMIT_S, SIZE, TRAIN, Job, by_mpirun, ds_config, scripts
 from tests.ranks import ROOT, free_port, rank_environment, remove_shared_memory
 
+PIPE = ROOT / "tests" / "distributed" / "drivers" / "pipe_job.py"
 HIDDEN = """
 _calls = iter(range(1_000_000))
 _forward = GPT.forward
@@ -30,13 +31,16 @@ for _ in range(2):
 """
 
 
-def certify(folder: Path, script: Path, ranks: int, *more: str) -> tuple[int, dict[str, Any], str]:
+def certify(
+    folder: Path, script: Path, ranks: int, *more: str, stage: int = 2
+) -> tuple[int, dict[str, Any], str]:
     """Exit code, certificate, and what else was said."""
     config = folder / "ds_config.json"
-    config.write_text(json.dumps(ds_config(2, {"path": str(folder / "checkpoints")})))
+    config.write_text(json.dumps(ds_config(stage, {"path": str(folder / "checkpoints")})))
     port = free_port()
     command = [scripts("spotspeed"), "certify", "--steps", "1", "--json", *more, "--",
-               *by_mpirun(ranks, port), str(script), "--config", str(config), *SIZE]  # fmt: skip
+               *by_mpirun(ranks, port), str(script), "--config", str(config), "--steps",
+               str(ENDLESS), "--log", str(folder / "losses"), *SIZE]  # fmt: skip
     try:
         done = subprocess.run(command, cwd=folder, env=rank_environment(port), timeout=LIMIT_S,
                               capture_output=True, text=True, check=False)  # fmt: skip
@@ -51,8 +55,40 @@ def test_a_job_that_resumes_exactly_gets_a_certificate(tmp_path: Path) -> None:
     assert code == 0 and found["is_exact"] and not found["differences"], said
     assert (found["ranks"], found["resumed_after_step"], found["last_step"]) == (2, 1, 2)
     assert found["losses"] == 2 * 6 and found["tensors"] > 50
+    assert found["size_bytes"] > 1e5
     assert not (tmp_path / "checkpoints").exists(), "the job's own path is only read"
     assert not list(tmp_path.glob("spotspeed-certify-*"))
+
+
+@pytest.mark.full
+def test_a_job_that_has_trained_is_certified_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    """Its script calls backward of the loss, not of the engine."""
+    text = TRAIN.read_text()
+    assert "engine.backward(loss)" in text
+    script = tmp_path / "train.py"
+    script.write_text(text.replace("engine.backward(loss)", "loss.backward()"))
+    job = Job(tmp_path, script=script)
+    with job.start(1, steps=3) as launch:
+        assert launch.finish().returncode == 0, launch.output[-4000:]
+    before = contents(job.path)
+    code, found, said = certify(tmp_path, script, 1)
+    assert code == 0 and found["is_exact"], said
+    steps = found["first_step"], found["resumed_after_step"], found["last_step"]
+    assert steps == (4, 4, 5) and found["losses"] == 2 * 6
+    assert contents(job.path) == before, "the job's own path is only read"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`."""
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.full
+def test_a_pipeline_is_certified_by_the_losses_of_its_last_stage(tmp_path: Path) -> None:
+    code, found, said = certify(tmp_path, PIPE, 2, stage=1)
+    assert code == 0 and found["is_exact"], said
+    assert (found["ranks"], found["first_step"], found["last_step"]) == (2, 1, 2)
+    assert found["losses"] == 2 * 6
 
 
 @pytest.mark.full
