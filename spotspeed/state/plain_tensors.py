@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from spotspeed.core.layout import ITEM_BYTES
 from spotspeed.core.plain import ArrayData, Refused, Tagged
 from spotspeed.core.plain_codes import MAX_DEPTH
 from spotspeed.errors import FormatError
+from spotspeed.state.plain_objects import OBJECT_TAGS, put_together, take_apart
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: dtype
@@ -25,13 +27,13 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def to_plain(value: Any) -> Any:
-    """`value` with everything of torch replaced by what `core.plain` can store.
+    """`value` with objects of torch and the standard library replaced by what `core.plain` stores.
 
     Tensors are copied to host memory: their device, gradient and memory layout are not kept.
     Everything else passes through, and a tensor without plain bytes becomes `Refused`, so that
     `core.plain.encode` names what cannot be stored.
     """
-    return _convert(value, _lower, frozenset())
+    return _convert(value, _DOWN, frozenset())
 
 
 def from_plain(value: Any) -> Any:
@@ -39,22 +41,36 @@ def from_plain(value: Any) -> Any:
 
     Raises FormatError for a tag or dtype that this version does not know.
     """
-    return _convert(value, _raise_up, frozenset())
+    return _convert(value, _UP, frozenset())
 
 
-def _convert(value: Any, leaf: Callable[[Any], Any], open_ids: frozenset[int]) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What is done to objects before their parts, to their parts put together, and to leaves."""
+
+    open: Callable[[Any], Any]
+    close: Callable[[str, Any], Any]
+    leaf: Callable[[Any], Any]
+
+
+def _convert(original: Any, way: _Way, open_ids: frozenset[int]) -> Any:
+    value = way.open(original)
     kind = type(value)
-    if kind not in _CONTAINERS:
-        return leaf(value)
-    if id(value) in open_ids or len(open_ids) > MAX_DEPTH:
-        return value  # `encode` refuses cycles and excessive depth, and names them.
-    inside = open_ids | {id(value)}
+    is_object = kind is Tagged and value.tag in OBJECT_TAGS
+    if kind not in _CONTAINERS and not is_object:
+        return way.leaf(value)
+    if id(original) in open_ids or len(open_ids) > MAX_DEPTH:
+        # `encode` refuses cycles and excessive depth, and names them.
+        return value if value is original else Refused("refers to itself, or is nested too deeply")
+    inside = open_ids | {id(original)}
+    if is_object:
+        return way.close(value.tag, _convert(value.value, way, inside))
     if kind is Counter:
-        return Counter({_convert(key, leaf, inside): count for key, count in value.items()})
+        return Counter({_convert(key, way, inside): count for key, count in value.items()})
     if kind is dict or kind is OrderedDict:
-        return kind((_convert(key, leaf, inside), _convert(item, leaf, inside))
+        return kind((_convert(key, way, inside), _convert(item, way, inside))
                     for key, item in value.items())  # fmt: skip
-    return kind([_convert(item, leaf, inside) for item in value])
+    return kind([_convert(item, way, inside) for item in value])
 
 
 def _lower(value: Any) -> Any:
@@ -154,3 +170,5 @@ _TAGS: dict[str, Callable[[Any], Any]] = {
     "torch.nn.Parameter": _parameter, "torch.Size": _size, "torch.dtype": _dtype,
     "torch.device": _device,
 }  # fmt: skip
+_DOWN = _Way(take_apart, Tagged, _lower)
+_UP = _Way(lambda value: value, put_together, _raise_up)
