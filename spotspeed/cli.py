@@ -245,7 +245,7 @@ def gc(
         return
     word = "would remove" if dry_run else "removed"
     for name in tidied.sealed:
-        say(console, f"sealed {name}: it lacked nothing but its manifest")
+        say(console, f"{'would seal' if dry_run else 'sealed'} {name}: it lacks only its manifest")
     for removal in done.removals:
         say(console, f"{word} {removal.directory}: {removal.reason}")
     for key in done.frozen:

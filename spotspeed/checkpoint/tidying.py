@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass, replace
 
 from spotspeed.checkpoint.catalog import scan
-from spotspeed.checkpoint.commit import roll_forward
+from spotspeed.checkpoint.commit import receipts_of, roll_forward
 from spotspeed.checkpoint.gc import Collected, Scope, collect
 from spotspeed.checkpoint.keep_record import KeepRecord, read_keep
 from spotspeed.checkpoint.ownership import living_owner, read_owner
 from spotspeed.core.owner import is_over
 from spotspeed.core.retention import EVERYTHING, SILENCE_S, Keep, Work
-from spotspeed.errors import FormatError, OwnedError
+from spotspeed.errors import CorruptionError, FormatError, OwnedError
 from spotspeed.storage.contract import Storage
 
 
@@ -27,7 +27,7 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Tidied:
-    """What was removed, or would be; by which rule; and what was sealed before."""
+    """What was removed, or would be; by which rule; and what was sealed before, or would be."""
 
     collected: Collected
     keep: Keep
@@ -53,7 +53,7 @@ def tidy(storage: Storage, wish: Wish) -> Tidied:
         "no job has said at this path what it keeps, so no sealed checkpoint is removed: say "
         "--keep-last N"
     ]  # fmt: skip
-    done = () if wish.is_dry_run else roll_forward(storage).sealed
+    done = _seal(storage, wish, is_alive=owner is not None)
     work = None
     if owner is None:
         last = read_owner(storage)
@@ -64,11 +64,28 @@ def tidy(storage: Storage, wish: Wish) -> Tidied:
     keep = _overridden(record.keep, wish)
     collected = collect(storage, keep, epoch=catalog.newest_epoch, dry_run=wish.is_dry_run,
                         scope=Scope(work=work))  # fmt: skip
-    gone = {removal.directory for removal in collected.removals}
+    gone = {removal.directory for removal in collected.removals} | {*done}
     left = [name for name in catalog.unsealed if name not in gone]
     if left:
         notes.append(_why_left(left, work))
-    return Tidied(collected, keep, tuple(item.ticket.directory for item in done), tuple(notes))
+    return Tidied(collected, keep, done, tuple(notes))
+
+
+def _seal(storage: Storage, wish: Wish, *, is_alive: bool) -> tuple[str, ...]:
+    """The directories that lacked only their manifest; sealed, but for a dry run."""
+    if not wish.is_dry_run:
+        return tuple(item.ticket.directory for item in roll_forward(storage).sealed)
+    if is_alive:
+        return ()
+    return tuple(name for name in scan(storage).unsealed if _is_complete(storage, name))
+
+
+def _is_complete(storage: Storage, directory: str) -> bool:
+    try:
+        ticket, receipts = receipts_of(storage, directory)
+    except CorruptionError:
+        return False
+    return ticket is not None and len(receipts) == ticket.world_size
 
 
 def _record(storage: Storage, wish: Wish) -> KeepRecord:

@@ -115,7 +115,8 @@ def test_what_a_crash_left_of_the_newest_epoch_goes_and_what_is_complete_is_seal
         writer.write(b"a rank that died in the middle of it")
         planned = gc(storage, "--dry-run")
         done = gc(storage)
-    assert done["sealed"] == [complete.directory]
+    assert done["sealed"] == planned["sealed"] == [complete.directory]
+    assert done["notes"] == planned["notes"] == []
     removed = {removal["directory"] for removal in done["removals"]}
     assert removed == {older.directory, newer.directory, "step-000000000040.e000001.a"}
     assert removed == {removal["directory"] for removal in planned["removals"]}
