@@ -106,11 +106,16 @@ Arena Arena::attach(int fd) {
   if (status.st_size <= 0) throw std::invalid_argument("the arena is empty");
   const int own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
   if (own < 0) fail("duplicating an arena's descriptor");
-  return Arena(own, static_cast<std::size_t>(status.st_size));
+  Arena arena(own, static_cast<std::size_t>(status.st_size));
+  close(std::exchange(arena.fd_, -1));
+  if (madvise(arena.data_, arena.size_, MADV_DONTFORK) == 0) arena.only_in_ = getpid();
+  return arena;
 }
 
 Arena::~Arena() {
-  if (data_ != nullptr) munmap(data_, size_);
+  // Where a child does not have the mapping, something else of its may lie at these addresses.
+  const bool is_mapped = only_in_ == 0 || only_in_ == getpid();
+  if (data_ != nullptr && is_mapped) munmap(data_, size_);
   if (fd_ >= 0) close(fd_);
 }
 
@@ -118,6 +123,7 @@ Arena::Arena(Arena&& other) noexcept
     : fd_(std::exchange(other.fd_, -1)),
       data_(std::exchange(other.data_, nullptr)),
       size_(std::exchange(other.size_, 0)),
+      only_in_(other.only_in_),
       huge_pages_(other.huge_pages_) {}
 
 void Arena::prefault(std::size_t offset, std::size_t length) const {

@@ -1,8 +1,10 @@
 // Shared staging memory: an anonymous file in memory that several processes map.
 //
-// Lifetime: the mapping and this object's file descriptor live as long as the object; the memory
+// Lifetime: the mapping and its creator's file descriptor live as long as the object; the memory
 //   itself lives until the last process has unmapped and closed it, so it survives the death of
-//   the process that created it. Pointers into it end with the object.
+//   the process that created it. Pointers into it end with the object. Children that a process
+//   forks do not get the mapping of an arena that it has attached, so none of them, a DataLoader's
+//   worker say, keeps the memory when that process is gone.
 // Threads: prefault() may run beside any use of the memory; it never changes a byte.
 // Alignment: the address is page aligned (huge-page aligned where the kernel grants huge pages).
 // Seals: the file can neither shrink nor grow once created, so a mapped page cannot vanish under
@@ -12,14 +14,16 @@
 #include <cstddef>
 #include <string>
 
+#include <sys/types.h>
+
 namespace spotspeed {
 
 class Arena {
  public:
   // A new arena of `size` bytes, rounded up to whole pages. Throws std::system_error.
   static Arena create(std::size_t size, const std::string& name);
-  // Maps the arena behind a descriptor received from its creator; keeps its own duplicate, so
-  // `fd` stays the caller's. Throws std::invalid_argument when it is not a sealed arena.
+  // Maps the arena behind a descriptor received from its creator; `fd` stays the caller's, and is
+  // not needed any more. Throws std::invalid_argument when it is not a sealed arena.
   static Arena attach(int fd);
 
   ~Arena();
@@ -30,6 +34,7 @@ class Arena {
 
   std::byte* data() const { return data_; }
   std::size_t size() const { return size_; }
+  // The creator's descriptor; -1 where the arena was attached.
   int fd() const { return fd_; }
   // Whether the kernel accepted the wish for huge pages.
   bool huge_pages() const { return huge_pages_; }
@@ -45,6 +50,7 @@ class Arena {
   int fd_ = -1;
   std::byte* data_ = nullptr;
   std::size_t size_ = 0;
+  pid_t only_in_ = 0;  // the one process that has the mapping; 0: its children have it, too
   bool huge_pages_ = false;
 };
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,15 +59,28 @@ def test_what_a_killed_process_wrote_stays() -> None:
     assert bytes(memoryview(arena)[100:105]) == b"alive"
 
 
-def test_attach_keeps_a_descriptor_of_its_own() -> None:
+def test_an_attached_arena_needs_no_descriptor() -> None:
     arena = Arena.create(PAGE)
     descriptor = os.dup(arena.fd)
     other = Arena.attach(descriptor)
     os.close(descriptor)
     memoryview(arena)[:3] = b"abc"
     assert bytes(memoryview(other)[:3]) == b"abc"
-    assert os.fstat(other.fd).st_ino == os.fstat(arena.fd).st_ino
-    assert not os.get_inheritable(other.fd)
+    assert other.fd == -1 and not os.get_inheritable(arena.fd)
+
+
+def test_a_forked_child_has_no_part_of_an_attached_arena() -> None:
+    """An orphaned worker would keep the memory; and what it drops is not its to unmap."""
+    created = Arena.create(PAGE, name="spotspeed-forked")
+    arena = Arena.attach(created.fd)
+    del created
+    assert "spotspeed-forked" in Path("/proc/self/maps").read_text()
+    child = os.fork()
+    if child == 0:
+        del arena
+        os._exit("spotspeed-forked" in Path("/proc/self/maps").read_text())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    memoryview(arena)[:3] = b"abc"
 
 
 def test_nobody_can_take_pages_away() -> None:
