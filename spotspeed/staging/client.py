@@ -96,6 +96,7 @@ class SaverSession:
         self._outbox = Outbox(connection.socket, self._give_up)
         self._error: SpotSpeedError | None = None
         self._is_closing = False
+        self._when_lost: Callable[[], None] | None = None
         self._loss = "what it had not sealed is lost, and the next save starts a new one"
         self._reader = threading.Thread(target=self._read, name="spotspeed-saver", daemon=True)
         self._reader.start()
@@ -104,6 +105,14 @@ class SaverSession:
     def is_alive(self) -> bool:
         """Whether the saver is still there."""
         return self._error is None
+
+    def when_lost(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called when the saver is gone, unless this session is closed before."""
+        with self._lock:
+            self._when_lost = callback
+            is_lost = self._error is not None and not self._is_closing
+        if is_lost:
+            callback()
 
     def slot_address(self, slot: int) -> int:
         """Where slot `slot` begins in this process's memory."""
@@ -251,6 +260,7 @@ class SaverSession:
             else:
                 is_news = False
             error, listeners = self._error, list(self._listeners.values())
+            callback = self._when_lost if is_news else None
             self._listeners.clear()
         if is_news:
             emit(Lost(f"saver process {self.saver_pid}", str(error)))
@@ -258,6 +268,8 @@ class SaverSession:
         self._drains.put(None)
         for listener in listeners:
             listener.failed(error)
+        if callback is not None:
+            callback()
         return error
 
 

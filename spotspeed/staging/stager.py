@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.core.manifest import Ticket
 from spotspeed.core.saver_protocol import Drained
+from spotspeed.errors import SpotSpeedError, StorageError
 from spotspeed.staging.check import Window
 from spotspeed.staging.client import OnNotice, SaverSession, find_saver, open_session
 from spotspeed.staging.frozen import FrozenShare, plan_share
@@ -39,6 +41,8 @@ URGENT_REASONS = frozenset({"notice", "explicit", "final"})
 """Saves that are also copied by a thread of normal priority."""
 BACKGROUND_NICE = 10
 CLOSE_TIMEOUT_S = 5.0
+RESTART_PAUSE_S = 2.0
+_logger = logging.getLogger("spotspeed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +254,8 @@ class Stager:
         with self._session_lock:
             if self._session is not None and self._session.is_alive:
                 return self._session
+            if self._is_closed:
+                raise StorageError("the saver is gone, and so soon will be this rank")
             memory_gb = self._config.staging.host_memory_gb
             arena_bytes = choose_arena_bytes(
                 self._share_bytes,
@@ -267,7 +273,28 @@ class Stager:
                 self._session.arena.pin()
             if self._owner is not None:
                 self._session.renew_owner(self._owner[0], period_s=self._owner[1])
+            self._session.when_lost(self._replace_saver)
             return self._session
+
+    def _replace_saver(self) -> None:
+        """The saver is gone. The path's owner must stay known as alive, so its rank starts another.
+
+        The others do so with their next save.
+        """
+        if self._owner is not None and not self._is_closed:
+            name = "spotspeed-saver-restart"
+            threading.Thread(target=self._keep_trying, name=name, daemon=True).start()
+
+    def _keep_trying(self) -> None:
+        """Body of a thread: have a saver, unless this stager is closed."""
+        while not self._is_closed:
+            try:
+                self._open_session()
+                return
+            except SpotSpeedError as error:
+                _logger.warning("no saver renews the owner record for now: %s", error)
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed, RESTART_PAUSE_S)
 
     def _copy_all(self) -> None:
         """Body of the background thread: copy the saves in order, at low priority."""

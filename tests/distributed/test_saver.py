@@ -156,6 +156,8 @@ def test_a_forked_child_of_a_dead_rank_does_not_keep_its_session(path: Path) -> 
         saver = rank.ask("reserve", size_bytes=1 << 20)["saver_pid"]
         child = rank.ask("fork_child")["child"]
         try:
+            assert _arena_bytes(rank.process.pid) > 0
+            assert _arena_bytes(child) == 0, "it would keep the pool's memory"
             rank.ask("stage", step=1, **SMALL)
             rank.ask("wait_staged", step=1)
             rank.kill()
@@ -237,6 +239,15 @@ def test_no_temporary_file_survives_an_orderly_end(path: Path) -> None:
     assert sum(file.is_file() for file in path.rglob("*")) == 4 * 3 + 1
 
 
+def await_renewals(storage: LocalStorage) -> None:
+    """Return when the owner record has been counted up three times from now on."""
+    first, deadline = read_owner(storage), time.monotonic() + 30
+    assert first is not None
+    while (owner := read_owner(storage)) is None or owner.counter < first.counter + 3:
+        assert time.monotonic() < deadline, "the record is not renewed"
+        time.sleep(0.02)
+
+
 def test_the_saver_shows_that_the_owner_lives_and_then_that_it_is_alone(path: Path) -> None:
     storage = LocalStorage(path)
     with RankProcess(path) as rank:
@@ -244,12 +255,15 @@ def test_the_saver_shows_that_the_owner_lives_and_then_that_it_is_alone(path: Pa
         epoch = rank.ask("claim")["epoch"]
         first = read_owner(storage)
         assert first is not None and (first.epoch, first.state) == (epoch, "training")
-        deadline = time.monotonic() + 30
-        while (owner := read_owner(storage)) is None or owner.counter < first.counter + 3:
-            assert time.monotonic() < deadline, "the record is not renewed"
-            time.sleep(0.02)
-        rank.kill()
+        await_renewals(storage)
+        # Without a save: the next may be far away, and others must not take the path over.
+        os.kill(saver, signal.SIGKILL)
         wait_gone(saver)
+        await_renewals(storage)
+        second = rank.ask("facts")["saver_pid"]
+        assert second != saver
+        rank.kill()
+        wait_gone(second)
     last = read_owner(storage)
     assert last is not None and (last.epoch, last.state) == (epoch, "draining")
 
