@@ -22,10 +22,16 @@ LONGEST_REMOTE_PAUSE_S = 1.0
 SEAL_TIMEOUT_S = 3600.0
 """After so long without the other ranks' receipts the save is reported as failed; should they
 come later, the last of them still seals it."""
+ORPHAN_PATIENCE_S = 60.0
+"""How long a store that fails is asked again about a save whose rank is gone."""
 _logger = logging.getLogger("spotspeed")
 
 Outcome = Callable[[Any, Manifest | SpotSpeedError], None]
 """Called with the part that was added, and what became of its checkpoint."""
+
+
+class _Hindered:
+    """The store did not tell whether all receipts are there."""
 
 
 class HopelessError(StorageError):
@@ -70,7 +76,8 @@ class Sealer:
         when a later one is sealed never will be.
 
         While `is_wanted()` is false (the rank is gone) the save is let go after a first attempt
-        that found other ranks missing: they, or the next start, will seal it.
+        that found other ranks missing: they, or the next start, will seal it. One in which the
+        store failed has found nothing.
         """
         now = time.monotonic()
         with self._changed:
@@ -129,9 +136,13 @@ class Sealer:
             if watched.is_ordered and is_older and ticket.reason != "notice":
                 watched.is_passed, watched.due = True, 0.0
 
-    def _settle(self, watched: _Watched, outcome: Manifest | SpotSpeedError | None) -> bool:
+    def _settle(
+        self, watched: _Watched, outcome: Manifest | SpotSpeedError | _Hindered | None
+    ) -> bool:
         """Apply what an attempt gave; whether the save is settled now."""
         waited_s = time.monotonic() - watched.began
+        is_known = not isinstance(outcome, _Hindered) or waited_s > ORPHAN_PATIENCE_S
+        outcome = None if isinstance(outcome, _Hindered) else outcome
         if not isinstance(outcome, Manifest):
             outcome = watched.save.stopped or outcome
         if outcome is None and waited_s > SEAL_TIMEOUT_S:
@@ -142,21 +153,23 @@ class Sealer:
         if outcome is not None:
             watched.on_outcome(watched.save, outcome)
             return True
-        watched.save.progress.state = "stored"
-        if not watched.is_wanted():
-            return True
+        if is_known:
+            watched.save.progress.state = "stored"
+            if not watched.is_wanted():
+                return True
         longest_s = max(self._longest_pause_s, min(1.0, waited_s / 20))
         watched.pause_s = min(2 * watched.pause_s, longest_s)
         watched.due = time.monotonic() + watched.pause_s
         return False
 
-    def _try(self, ticket: Ticket) -> Manifest | SpotSpeedError | None:
-        directory, is_known = ticket.directory, True
+    def _try(self, ticket: Ticket) -> Manifest | SpotSpeedError | _Hindered | None:
+        directory = ticket.directory
+        manifest: Manifest | _Hindered | None
         try:
             manifest = try_seal(self._storage, ticket)
         except StorageError as error:
             _logger.warning("%s: sealing failed for now: %s", directory, error)
-            manifest, is_known = None, False
+            manifest = _Hindered()
         except SpotSpeedError as error:
             return error
         except Exception as error:
@@ -167,11 +180,11 @@ class Sealer:
             broken = [error for (at, _), error in self._broken.items() if at == directory]
             is_passed = any(watched.is_passed for watched in self._watched
                             if watched.save.ticket.directory == directory)  # fmt: skip
-        if manifest is None and is_known and is_passed:
+        if manifest is None and is_passed:
             return HopelessError(
                 f"{directory} will not be sealed: a later save is, and other ranks' parts of this "
                 f"one have not come, so they are lost"
             )
-        if manifest is None and broken:
+        if not isinstance(manifest, Manifest) and broken:
             return next((error for error in broken if isinstance(error, HopelessError)), broken[0])
         return manifest

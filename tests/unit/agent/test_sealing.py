@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.core.saver_protocol import Begin
 from spotspeed.errors import SpotSpeedError, StorageError
 from spotspeed.storage.local import LocalStorage
+from tests.unit.agent.node_rig import until
+from tests.unit.checkpoint.test_full_disk import RefusingDisk
 
 TICKET = Ticket(1, 10, "a", "step-10", "periodic", 2, 0)
 LIMIT_S = 30.0
@@ -167,6 +170,21 @@ def test_a_save_whose_rank_is_gone_does_not_keep_the_saver(
     _add(sealer, 1, outcomes)
     assert outcomes.get(timeout=LIMIT_S)[0] in (0, 1)
     assert orphan.progress.is_settled
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again_although_the_rank_is_gone(
+    tmp_path: Path, outcomes: Outcomes
+) -> None:
+    disk = RefusingDisk()
+    storage = LocalStorage(tmp_path, disk=disk)
+    for rank in (0, 1):
+        _write(storage, rank)
+    disk.refuse("create_file", 0, errno.ENOSPC)
+    save = _add(Sealer(storage), 1, outcomes, is_wanted=False)
+    until(lambda: disk.calls["create_file"] >= 3)
+    assert not save.progress.is_settled, "so the saver stays"
+    disk.heal()
+    assert isinstance(outcomes.get(timeout=LIMIT_S)[1], Manifest)
 
 
 def test_receipts_that_contradict_each_other_are_an_error(
