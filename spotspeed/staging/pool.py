@@ -85,8 +85,10 @@ def choose_arena_bytes(
     host_memory_bytes: int | None,
     available_bytes: int,
     local_world_size: int,
-) -> int:
-    """Size of one rank's arena: its whole share where memory allows, a multiple of the slot size.
+) -> tuple[int, str]:
+    """Size of one rank's arena, a multiple of the slot size, and why it is that.
+
+    It is the whole share where memory allows.
 
     `share_bytes` is what this rank writes in one save; `host_memory_bytes` the configured pool of
     the whole node (null: half of what is free), which `local_world_size` ranks divide. Raises
@@ -104,7 +106,12 @@ def choose_arena_bytes(
             f"staging.host_memory_gb to {needed_gb(slot_bytes, local_world_size):.3f} or more, or "
             f"free memory on the node"
         )
-    return min(wanted, allowed) * slot_bytes
+    if wanted <= allowed:
+        return wanted * slot_bytes, "a whole save of this rank fits"
+    free = f"the {available_bytes} bytes that the node has free"
+    limited = "staging.host_memory_gb" if host_memory_bytes else f"half of {free}"
+    limited = free if limit > available_bytes else limited
+    return allowed * slot_bytes, f"{limited}, divided among {local_world_size} ranks of the node"
 
 
 def needed_gb(slot_bytes: int, local_world_size: int) -> float:

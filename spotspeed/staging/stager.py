@@ -21,6 +21,7 @@ from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.core.manifest import Ticket
 from spotspeed.core.saver_protocol import Drained
 from spotspeed.errors import SpotSpeedError, StorageError
+from spotspeed.events import Reserved, emit
 from spotspeed.staging.check import Window
 from spotspeed.staging.client import OnNotice, SaverSession, find_saver, open_session
 from spotspeed.staging.frozen import FrozenShare, plan_share
@@ -257,7 +258,7 @@ class Stager:
             if self._is_closed:
                 raise StorageError("the saver is gone, and so soon will be this rank")
             memory_gb = self._config.staging.host_memory_gb
-            arena_bytes = choose_arena_bytes(
+            arena_bytes, reason = choose_arena_bytes(
                 self._share_bytes,
                 host_memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
                 available_bytes=available_memory_bytes(),
@@ -267,6 +268,7 @@ class Stager:
                 self.url, rank=self._rank, arena_bytes=arena_bytes,
                 slot_bytes=choose_slot_bytes(self._share_bytes), on_notice=self._on_notice,
             )  # fmt: skip
+            emit(Reserved(self._rank, arena_bytes, self._share_bytes, reason))
             if self._local_path:
                 self._session.use_tier(self._local_path)
             if self._is_on_device and cuda_available():

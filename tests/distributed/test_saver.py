@@ -127,6 +127,9 @@ def test_a_pool_smaller_than_the_state_only_takes_longer(path: Path) -> None:
     with RankProcess(path, host_memory_gb=SMALL_POOL_GB) as rank:
         facts = rank.ask("reserve", size_bytes=1 << 20)
         assert facts["slots"] == 4
+        (reserved,) = [event for event in facts["events"] if event.startswith("reserved")]
+        assert f"size_bytes={facts['arena_bytes']} " in reserved
+        assert "staging.host_memory_gb, divided among 1 ranks" in reserved
         before = _arena_bytes(facts["saver_pid"])
         for step in range(3):
             rank.ask("stage", step=step, **LARGE)

@@ -94,7 +94,7 @@ def test_the_arena_stays_within_the_ranks_part_of_memory(
 ) -> None:
     slot_bytes = choose_slot_bytes(share_bytes)
     try:
-        size = choose_arena_bytes(
+        size, _ = choose_arena_bytes(
             share_bytes, host_memory_bytes=host_memory_bytes, available_bytes=available_bytes,
             local_world_size=local_world_size,
         )  # fmt: skip
@@ -109,10 +109,29 @@ def test_the_arena_stays_within_the_ranks_part_of_memory(
 
 
 def test_the_whole_share_fits_where_there_is_memory() -> None:
-    size = choose_arena_bytes(
+    size, reason = choose_arena_bytes(
         1000 * MIB, host_memory_bytes=None, available_bytes=100_000 * MIB, local_world_size=8
     )
     assert 1000 * MIB < size < 1100 * MIB
+    assert reason == "a whole save of this rank fits"
+
+
+@pytest.mark.parametrize(
+    ("host_memory_bytes", "reason"),
+    [
+        (None, f"half of the {1000 * MIB} bytes that the node has free, divided among 2 ranks"),
+        (900 * MIB, "staging.host_memory_gb, divided among 2 ranks"),
+        (2000 * MIB, f"the {1000 * MIB} bytes that the node has free, divided among 2 ranks"),
+    ],
+)
+def test_a_pool_smaller_than_a_save_says_what_limits_it(
+    host_memory_bytes: int | None, reason: str
+) -> None:
+    chosen = choose_arena_bytes(
+        1000 * MIB, host_memory_bytes=host_memory_bytes, available_bytes=1000 * MIB,
+        local_world_size=2,
+    )  # fmt: skip
+    assert chosen[1] == f"{reason} of the node"
 
 
 def test_too_little_memory_is_an_error_that_says_what_to_set() -> None:
