@@ -34,6 +34,16 @@ class Attached(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Reserved(Event):
+    """This rank's staging memory, whose size stays; a save has about `share_bytes`."""
+
+    rank: int
+    size_bytes: int
+    share_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Noticed(Event):
     """An interruption notice was heard on this rank."""
 
@@ -148,6 +158,8 @@ class Lost(Event):
 
     what: str
     cause: str
+    is_repeated: bool = False
+    """Whether the save before was lost for the same cause: the log has warned of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +205,10 @@ _LEVELS: dict[type[Event], int] = {
 
 def log_sink(event: Event) -> None:
     """The default sink: one line in the "spotspeed" logger."""
-    _logger.log(_LEVELS.get(type(event), logging.INFO), event.describe())
+    level = _LEVELS.get(type(event), logging.INFO)
+    if isinstance(event, Lost) and event.is_repeated:
+        level = logging.INFO
+    _logger.log(level, event.describe())
 
 
 _sinks: list[Sink] = [log_sink]

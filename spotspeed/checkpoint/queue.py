@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -229,13 +230,14 @@ class SaveQueue:
         self._lock = threading.Lock()
         self._handles: list[SaveHandle] = []
         self._window: list[SaveHandle] = []
+        self._cause = ""
         self._thread = threading.Thread(target=self._run, name="spotspeed-saves", daemon=True)
         self._thread.start()
 
     def submit(self, ticket: Ticket) -> SaveHandle:
         """Queue one save; returns at once."""
         handle = SaveHandle(ticket)
-        handle.upload_completion.add_done_callback(lambda _: _report(handle))
+        handle.upload_completion.add_done_callback(lambda _: self._report(handle))
         with self._lock:
             self._handles = [h for h in self._handles if not h.upload_completion.done()]
             self._handles.append(handle)
@@ -294,6 +296,16 @@ class SaveQueue:
             self._serve(handle)
             del handle  # Nothing of a save is to live until the next.
 
+    def _report(self, handle: SaveHandle) -> None:
+        """A save has ended; of those that one cause fails, the first is told as news."""
+        error = handle.upload_completion.exception()
+        cause = "" if error is None else _kind_of(error)
+        with self._lock:
+            before, self._cause = self._cause, cause
+        if error is not None:
+            directory = handle.ticket.directory
+            events.emit(events.Lost(directory, str(error), is_repeated=cause == before))
+
     def _serve(self, handle: SaveHandle) -> None:
         described = handle._describe(self._describe)
         self._await_state(handle.step, handle.upload_completion)
@@ -304,10 +316,9 @@ def _is_fine(future: Future[Any]) -> bool:
     return future.done() and future.exception() is None
 
 
-def _report(handle: SaveHandle) -> None:
-    error = handle.upload_completion.exception()
-    if error is not None:
-        events.emit(events.Lost(handle.ticket.directory, str(error)))
+def _kind_of(error: BaseException) -> str:
+    """What went wrong without the numbers in it, by which it is told from other causes."""
+    return re.sub(r"\d+", "#", str(error))
 
 
 def _chain(source: Future[Any], target: Future[Any]) -> None:

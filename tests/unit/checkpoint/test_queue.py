@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -76,8 +78,32 @@ def test_a_save_that_fails_is_told_once_whatever_was_to_follow(heard: list[event
     with pytest.raises(StorageError, match="no disk"):
         marked.wait(LIMIT_S)
     saves.close()
+    saves._thread.join(LIMIT_S)
     assert [event for event in heard if isinstance(event, events.Lost)] == heard
     assert len(heard) == 1
+
+
+def test_the_log_warns_once_of_a_cause_and_again_after_another_or_a_success(
+    heard: list[events.Event], caplog: pytest.LogCaptureFixture
+) -> None:
+    causes = ["no space in step-1", "no space in step-2", "read-only", "no space in step-4", "",
+              "no space in step-6", "no space in step-7"]  # fmt: skip
+
+    def fail(handle: SaveHandle) -> None:
+        if causes[handle.step]:
+            raise StorageError(causes[handle.step])
+        handle.upload_completion.set_result(MANIFEST)
+
+    saves = SaveQueue(fail, lambda handle, _: pytest.fail("begun"), lambda step, over: None)
+    with caplog.at_level(logging.INFO, "spotspeed"):
+        for step in range(len(causes)):
+            saves.submit(replace(TICKET, step=step)).upload_completion.exception(LIMIT_S)
+        saves.close()
+        saves._thread.join(LIMIT_S)
+    lost = [event for event in heard if isinstance(event, events.Lost)]
+    assert [event.cause for event in lost] == [cause for cause in causes if cause]
+    warned = [record.levelno >= logging.WARNING for record in caplog.records]
+    assert warned == [True, False, True, True, True, False]
 
 
 def test_a_save_that_is_given_up_while_it_is_described_is_not_begun() -> None:
