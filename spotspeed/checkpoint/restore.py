@@ -266,7 +266,10 @@ def _buffers_of(
 
 def _load_late(seat: Seat, stored: Mapping[str, Any]) -> list[str]:
     """Give late state back on every rank; the first refusal on every rank."""
-    notes = all_or_none(seat.exchange, "late-state", lambda: seat.small.late.load(stored))
+    is_own = (stored.get("rank"), stored.get("world_size")) == (seat.rank, seat.world_size)
+    notes = all_or_none(
+        seat.exchange, "late-state", lambda: seat.small.late.load(stored, is_own=is_own)
+    )
     if seat.small.late:
         seat.small.record()
         seat.small.end_step()

@@ -163,8 +163,11 @@ class LateState:
                 f"{', '.join(sorted(self.loaded))}; name its tag to restore the engine alone"
             )
 
-    def load(self, stored: Mapping[str, Any]) -> list[str]:
+    def load(self, stored: Mapping[str, Any], *, is_own: bool = True) -> list[str]:
         """Give every source its state back; returns, in words, what is not there.
+
+        Without `is_own`, `stored` is of rank 0 of another number of ranks; then a loader's place in
+        the data is not this rank's, which is among the words.
 
         Raises FormatError naming the source that refuses its state.
         """
@@ -178,7 +181,16 @@ class LateState:
                 load(state)
             except Exception as error:  # the user's object may raise anything
                 raise FormatError(f"state {name!r}: load_state_dict: {error!r}") from error
-        return [f"state {name!r} is not in it: left as it is" for name in missing]
+        notes = [f"state {name!r} is not in it: left as it is" for name in missing]
+        restored = sorted(self.loaded & set(found))
+        loaders = [name for name in restored if self._sources[name].is_early]
+        if loaders and not is_own:
+            notes.append(
+                f"{', '.join(map(repr, loaders))}: every rank has the state of rank 0 of another "
+                f"number of ranks, so samples of this epoch come twice or not at all; "
+                f"checkpointer.batches() goes on exactly"
+            )
+        return notes
 
     def _wake(self) -> None:
         with self._changed:

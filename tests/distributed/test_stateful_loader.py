@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import itertools
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_small_state import run_alone
+from tests.ranks import run_ranks
 
 DRIVER = "tests/distributed/drivers/stateful_loader.py"
-SAMPLES = 30
+SAMPLES = 24
 
 pytestmark = [
     pytest.mark.ranks,
@@ -22,17 +24,25 @@ pytestmark = [
 ]
 
 
-def seen(output: str) -> list[int]:
-    """The samples that reached the engine, in order."""
-    lines = [line for line in output.splitlines() if line.startswith("saw:")]
-    return [json.loads(line.partition(": ")[2])[1] for line in lines]
+def launch(ranks: int, path: Path, stop_at: int) -> tuple[list[list[int]], str]:
+    """The samples that reached the engine of each rank, in order, and all that was said."""
+    output = run_ranks(ranks, DRIVER, str(path), str(stop_at), timeout_s=240).output
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    for rank, sample in re.findall(r"saw: \[(\d+), (\d+)\]", output):
+        found[int(rank)].append(int(sample))
+    return found, output
 
 
 def test_an_interrupted_epoch_has_every_sample_once_in_the_order_of_a_whole_one(
     tmp_path: Path,
 ) -> None:
-    whole = seen(run_alone(DRIVER, str(tmp_path / "whole"), "100"))
-    assert sorted(whole) == list(range(SAMPLES)) and whole != sorted(whole)
-    parts = [run_alone(DRIVER, str(tmp_path / "parts"), stop) for stop in ("4", "7", "100")]
-    assert [len(seen(part)) for part in parts] == [12, 9, 9]
-    assert [sample for part in parts for sample in seen(part)] == whole
+    whole, _ = launch(2, tmp_path / "whole", 100)
+    assert sorted(itertools.chain(*whole)) == list(range(SAMPLES)) and whole[0] != sorted(whole[0])
+    parts = [launch(2, tmp_path / "parts", stop) for stop in (2, 4)]
+    assert [len(seen[0]) for seen, _ in parts] == [4, 4]
+    shutil.copytree(tmp_path / "parts", tmp_path / "other")
+    parts.append(launch(2, tmp_path / "parts", 100))
+    assert [list(itertools.chain(*(seen[rank] for seen, _ in parts))) for rank in range(2)] == whole
+    assert not any("every rank has the state of rank 0" in said for _, said in parts)
+    _, said = launch(1, tmp_path / "other", 5)
+    assert "'data': every rank has the state of rank 0 of another number of ranks" in said

@@ -13,9 +13,9 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from state_gather import differences
 from state_model import FULL_CASES, Case, build, train
-from state_snapshot import Snapshot, snapshot
+from state_snapshot import snapshot
 
 from spotspeed.state.provider import provider_for
 
@@ -29,7 +29,7 @@ def record(case: Case) -> dict[str, Any]:
     start = snapshot(provider)
     losses = train(engine, STEPS)
     middle = snapshot(provider)
-    independent = compare(engine, case, middle)
+    independent = differences(engine, middle.tensors)
     losses += train(engine, STEPS)
     result = {
         "start": start, "middle": middle, "end": snapshot(provider), "losses": losses,
@@ -37,27 +37,6 @@ def record(case: Case) -> dict[str, Any]:
     }  # fmt: skip
     engine.destroy()
     return result
-
-
-def compare(engine: Any, case: Case, state: Snapshot) -> tuple[int, list[str]]:
-    """Compare with DeepSpeed's own accessors, where these are right; (compared, differences)."""
-    stage = engine.zero_optimization_stage()
-    if "rr" in case.name or stage == 0:
-        return 0, []
-    compared, faults = 0, []
-    for name, parameter in engine.module.named_parameters():
-        if f"fp32:{name}" not in state.tensors:
-            continue
-        pairs = {"fp32": safe_get_full_fp32_param(parameter)}
-        # DeepSpeed links the state of groups after the first before it exists (ZeRO-1 and 2).
-        if case.optimizer in ("adamw", "cpuadam") and (stage == 3 or name.endswith("weight")):
-            for kind in ("exp_avg", "exp_avg_sq"):
-                pairs[kind] = safe_get_full_optimizer_state(parameter, kind)
-        for kind, value in pairs.items():
-            compared += 1
-            if not torch.equal(value.flatten().float(), state.tensors[f"{kind}:{name}"].float()):
-                faults.append(f"{kind}:{name}")
-    return compared, faults
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import deepspeed
 import torch
+from state_gather import differences
 from state_model import FULL_CASES, build, train
-from state_record import STEPS, compare
+from state_record import STEPS
 from state_snapshot import Snapshot, restore, snapshot
 
 from spotspeed.errors import ReshardError
@@ -35,7 +36,7 @@ def resume(state: Snapshot, target: str, moment: str, way: str) -> dict[str, Any
         return {"error": f"{type(error).__name__}: {error}"}
     engine.global_steps = 0 if moment == "start" else STEPS
     restored = snapshot(provider)
-    independent = compare(engine, FULL_CASES[target], restored) if way == "fresh" else (0, [])
+    independent = differences(engine, restored.tensors) if way == "fresh" else (0, [])
     losses = train(engine, STEPS)
     result = {"restored": restored, "losses": losses, "end": snapshot(provider),
               "independent": independent}  # fmt: skip

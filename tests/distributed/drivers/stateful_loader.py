@@ -5,13 +5,13 @@ import sys
 
 import deepspeed
 import torch
-from engines import make
+from engines import RANK, make
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import spotspeed
 
 PATH, STOP_AT = sys.argv[1], int(sys.argv[2])
-SAMPLES, PER_STEP = 30, 3
+SAMPLES, PER_STEP = 24, 4
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -25,17 +25,15 @@ class Numbers(torch.utils.data.Dataset):
 def main():
     deepspeed.init_distributed("gloo")
     engine = make(2, PATH, attached=False, train_batch_size=PER_STEP)
-    generator = torch.Generator().manual_seed(7)
-    loader = StatefulDataLoader(
-        Numbers(), batch_size=1, shuffle=True, num_workers=1, generator=generator
-    )
+    sampler = torch.utils.data.DistributedSampler(Numbers(), seed=7)
+    loader = StatefulDataLoader(Numbers(), batch_size=1, sampler=sampler, num_workers=1)
     checkpointer = spotspeed.attach(engine, state={"data": loader})
     checkpointer.restore()
     for batch in loader:
         loss = engine(torch.full((1, 8), float(batch))).pow(2).mean()
         engine.backward(loss)
         engine.step()
-        print("saw:", json.dumps([engine.global_steps, int(batch)]), flush=True)
+        print(f"saw: {json.dumps([RANK, int(batch)])}", flush=True)
         if engine.global_steps == STOP_AT:
             break
     checkpointer.close()

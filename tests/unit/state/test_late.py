@@ -169,3 +169,13 @@ def test_what_a_framework_restores_is_stored_and_not_asked_for() -> None:
     late.check({LATE: None})
     late.end(1)
     assert late.stored(1)[LATE]["framework"] and late.load({}) == []
+
+
+def test_a_loaders_place_that_is_another_ranks_is_said_to_be() -> None:
+    late = LateState({"counter": Counter(1), "data": Data(2)})
+    late.updated(1)
+    late.end(1)
+    stored = late.stored(1)
+    assert late.load(stored) == []
+    (note,) = late.load(stored, is_own=False)
+    assert note.startswith("'data': every rank has the state of rank 0") and "batches()" in note
