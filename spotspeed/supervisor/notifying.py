@@ -55,10 +55,20 @@ def notify(path: str, *, seconds_left: float | None) -> Told:
     session = find_saver(path)
     if session is None:
         raise StorageError(f"no job on this machine has its checkpoints at {path}")
-    epoch = read_epochs(open_storage(path)).newest
     with contextlib.closing(session):
+        epoch = read_epochs(open_storage(path)).newest
         session.notify(seconds_left or 0.0, SOURCE)
     return Told(path, epoch)
+
+
+def tell_saver(path: str, *, seconds_left: float) -> bool:
+    """Let the saver of `path` tell its ranks; False when no saver of this user serves it here."""
+    session = find_saver(path)
+    if session is None:
+        return False
+    with contextlib.closing(session):
+        session.notify(seconds_left, SOURCE)
+    return True
 
 
 def wait_durable(

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 from spotspeed.supervised import VARIABLES
 
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+RANK_VARIABLES = (
+    "RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID", "SLURM_STEP_ID"
+)  # fmt: skip
+"""A batch script of SLURM has SLURM_PROCID itself; only the tasks of srun have a step."""
 NOTICE_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """Signals that mean a notice to a rank, in the order of preference."""
 _POLL_S = 0.1

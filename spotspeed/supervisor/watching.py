@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from spotspeed.core.relaunch import Traces
+from spotspeed.errors import SpotSpeedError
 from spotspeed.supervised import heard
 from spotspeed.supervisor.ears import Ears
 from spotspeed.supervisor.launcher import FORWARDERS, Launch, launcher_name
+from spotspeed.supervisor.notifying import tell_saver
 from spotspeed.supervisor.processes import Member, end_all, members, send
 
 LOOK_S = 0.2
@@ -132,6 +135,8 @@ class Watch:
         told = Told.read(self._mark)
         ranks = [member for member in self._members(told.attached) if member.is_rank]
         if self._noticed_at is not None:
+            if not self._told and any(rank.is_attached and rank.hears is None for rank in ranks):
+                self._tell_savers(told.epochs, now - self._noticed_at)
             self._pass_on(ranks, now - self._noticed_at)
         self._check_abandoned(bool(ranks), bool(told.codes), now)
 
@@ -141,6 +146,13 @@ class Watch:
             return self._ears.seconds_left
         own_s = None if self._deadline.is_stated else Told.read(self._mark).deadline_s
         return self._deadline.seconds if own_s is None else own_s
+
+    def _tell_savers(self, paths: Iterable[str], since_s: float) -> None:
+        """Ranks that listen to no signal hear through the saver of their node."""
+        for path in paths:
+            with contextlib.suppress(SpotSpeedError):
+                if tell_saver(path, seconds_left=max(1.0, self._deadline_s - since_s)):
+                    self._told.add((self._launch.pid, 0))
 
     def _pass_on(self, ranks: Sequence[Member], since_s: float) -> None:
         """Tell every rank that has attached; one is enough, the others are for speed."""

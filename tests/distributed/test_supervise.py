@@ -121,6 +121,18 @@ def test_a_signal_to_the_supervisor_makes_the_last_step_durable_and_leaves_with_
     assert "ending the launch" not in finished.output, "all have left by themselves"
 
 
+@pytest.mark.full
+def test_ranks_that_listen_to_no_signal_hear_through_their_saver(tmp_path: Path) -> None:
+    job = Job(tmp_path / "job", block={"notice": {"signals": []}})
+    with job.start(2, launcher=supervised(by_torchrun, "--deadline", "60")) as launch:
+        launch.wait_step(3)
+        launch.process.send_signal(signal.SIGTERM)
+        finished = launch.finish()
+    assert finished.returncode == 75, finished.output[-6000:]
+    assert job.sealed()[0] == launch.records()[-1]["step"]
+    assert "source=notify" in finished.output and "ending the launch" not in finished.output
+
+
 def test_after_one_rank_is_killed_the_job_is_started_again_and_finishes(tmp_path: Path) -> None:
     job = Job(tmp_path / "job", block={"interval": {"steps": 2}})
     launcher = supervised(by_mpirun, "--relaunch", "--max-restarts", "2")

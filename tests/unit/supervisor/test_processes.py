@@ -96,6 +96,11 @@ def test_a_variable_that_the_supervisor_has_itself_makes_no_rank(family: Family)
     task = family.python(LISTEN.format("SIGTERM") + WAIT, SLURM_PROCID="0")
     (member,) = members(family.mark, environ={"SLURM_PROCID": "0"})
     assert member.pid == task.pid and not member.is_rank
+    step = family.python(LISTEN.format("SIGTERM") + WAIT, SLURM_PROCID="0", SLURM_STEP_ID="3")
+    found = {each.pid: each for each in members(family.mark, environ={"SLURM_PROCID": "0"})}
+    assert found[step.pid].is_rank, "as srun's tasks below a batch script"
+    step.kill()
+    step.wait()
     (member,) = members(family.mark, {task.pid}, environ={"SLURM_PROCID": "0"})
     assert member.is_rank and member.hears is signal.SIGTERM, "it has told that it is one"
 
