@@ -11,8 +11,8 @@ import pytest
 from tests.ranks import ROOT, free_port, rank_environment, remove_shared_memory, run_ranks
 
 DRIVER = "tests/distributed/drivers/small_resume.py"
-CASES = ("zero0", "zero0-bf16", "zero1", "zero1-batchnorm", "zero1-bf16-optimizer", "zero2-fp16",
-         "zero3", "zero3-fp16")  # fmt: skip
+CASES = ("zero0", "zero0-bf16", "zero1", "zero1-batchnorm", "zero1-bf16-optimizer",
+         "zero2-checkpointing", "zero2-fp16", "zero3", "zero3-fp16")  # fmt: skip
 
 
 def lines(output, rank):
@@ -47,7 +47,7 @@ def test_the_hooks_fire_at_the_boundaries_of_real_engines_and_epochs_resume_exac
 
 @pytest.mark.ranks
 def test_two_ranks_resume_bit_for_bit():
-    cases = ("zero1", "zero1-batchnorm", "zero2-fp16", "zero3")
+    cases = ("zero1", "zero1-batchnorm", "zero2-checkpointing", "zero2-fp16", "zero3")
     finished = run_ranks(2, DRIVER, *cases, timeout_s=240)
     for rank in range(2):
         assert lines(finished.output, rank) == [f"{name}:" for name in cases]

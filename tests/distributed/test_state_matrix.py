@@ -31,7 +31,7 @@ PLAIN = (
     "z1-rr", "bf16opt", "z2-fp32", "z2-bf16", "z2-fp16", "z2-rr", "z2-rr-aligned", "z2-amsgrad",
     "z2-sgd", "z2-adagrad", "z2-host", "z2-host-rr", "z2-lora", "z2-master16", "z3-fp32",
     "z3-bf16", "z3-fp16", "z3-sgd", "z3-adagrad", "z3-host", "z3-lora", "z3-master16",
-    "z3-hpz",
+    "z3-hpz", "s0-plain-sgd", "s0-small", "z2-small", "z3-small",
 )  # fmt: skip
 MUON = ("s0-muon", "z1-muon", "muon-bf16opt", "z2-muon", "z2-muon-fp32", "z2-muon-rr",
         "z2-muon-host", "z3-muon", "z3-muon-host")  # fmt: skip
@@ -129,6 +129,9 @@ def test_a_state_is_read_on_any_number_of_ranks(runs: Runs, key: tuple[int, int,
     _assert_same(before["middle"], after["restored"])
     assert before["independent"][1] == after["independent"][1] == []
     assert len(after["losses"]) == 3
+    if (kept := before.get("set")) is not None:
+        own = [kept["buffers"][rank % key[0]] for rank in range(key[1])]
+        assert after["set"] == {**kept, "buffers": own}
     if key[0] == key[1]:
         assert after["losses"] == before["losses"][3:]
         _assert_same(before["end"], after["end"])

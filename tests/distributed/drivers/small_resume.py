@@ -14,6 +14,7 @@ import sys
 import deepspeed
 import numpy as np
 import torch
+from deepspeed import checkpointing
 from torch.utils.data import DataLoader, Dataset
 
 from spotspeed.core.layout import Extent, StoredTensor
@@ -39,6 +40,7 @@ CASES = {
     "zero1-batchnorm": {"zero_optimization": {"stage": 1}},
     "zero1-bf16-optimizer": {"zero_optimization": {"stage": 1}, **BF16,
                              "data_types": {"grad_accum_dtype": "fp32"}},
+    "zero2-checkpointing": {"zero_optimization": {"stage": 2}, **BF16},
     "zero2-fp16": {"zero_optimization": {"stage": 2}, **FP16},
     "zero3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, **BF16,
               **WARMUP},
@@ -49,8 +51,9 @@ CASES = {
 class Model(torch.nn.Module):
     """Dropout, a running mean, a buffer made by the first forward, Python's and numpy's chance."""
 
-    def __init__(self, norm: type[torch.nn.Module]) -> None:
+    def __init__(self, norm: type[torch.nn.Module], *, is_checkpointed: bool) -> None:
         super().__init__()
+        self.is_checkpointed = is_checkpointed
         self.first, self.second = torch.nn.Linear(8, 16), torch.nn.Linear(16, 1)
         self.norm = norm(16)
         self.register_buffer("running", torch.zeros(16))
@@ -62,9 +65,16 @@ class Model(torch.nn.Module):
         self.running.mul_(0.9).add_(hidden.detach().mean(0).to(self.running.dtype), alpha=0.1)
         hidden = self.norm(hidden - self.running.to(x.dtype)) * (1 + 0.1 * random.random())
         hidden = hidden + float(np.random.rand()) * 0.1
+        if self.is_checkpointed:  # Computed again in the backward, with the numbers of the forward.
+            hidden = checkpointing.checkpoint(self.drop_by_tracker, hidden)
         count = torch.zeros(1) if self.seen is None else self.seen
         self.seen = count + 1
         return (self.second(hidden) * (1 + 0.01 * count.item())).float().pow(2).mean()
+
+    def drop_by_tracker(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Dropout from the activation checkpointing's own generator, as tensor parallelism has."""
+        with checkpointing.get_cuda_rng_tracker().fork("dropout"):
+            return torch.nn.functional.dropout(torch.tanh(hidden), 0.3)
 
 
 class Saver:
@@ -142,7 +152,13 @@ def build(name, seed):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    model = Model(torch.nn.BatchNorm1d if "batchnorm" in name else torch.nn.LayerNorm)
+    is_checkpointed = name.endswith("checkpointing")
+    norm = torch.nn.BatchNorm1d if "batchnorm" in name else torch.nn.LayerNorm
+    model = Model(norm, is_checkpointed=is_checkpointed)
+    checkpointing.get_cuda_rng_tracker().reset()
+    if is_checkpointed:
+        checkpointing.configure(None, partition_activations=False)
+        checkpointing.get_cuda_rng_tracker().add("dropout", seed)
     groups = [
         {"params": list(model.first.parameters()), "lr": 2e-2, "weight_decay": 0.0},
         {"params": [*model.norm.parameters(), *model.second.parameters()]},

@@ -35,7 +35,8 @@ def differences(engine: Any, tensors: dict[str, torch.Tensor]) -> tuple[int, lis
     stored = {key: values for key, values in tensors.items() if "@" not in key}
     if engine.zero_optimization_stage() == 3:  # Whose number it is no accessor tells.
         steps = {key: values for key, values in stored.items() if key.startswith("step:")}
-        found |= {key: torch.full_like(one, engine.global_steps) for key, one in steps.items()}
+        count = engine.global_steps - engine.skipped_steps
+        found |= {key: torch.full_like(one, count) for key, one in steps.items()}
     faults = [f"{key}: not in both" for key in sorted(found.keys() ^ stored.keys())]
     both = found.keys() & stored.keys()
     faults += [key for key in sorted(both)

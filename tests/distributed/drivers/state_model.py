@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 GLOBAL_BATCH = 12
 """Samples per step, whatever the number of ranks (1 to 4)."""
@@ -30,8 +32,9 @@ class Child(nn.Module):
 class Tiny(nn.Module):
     """Tied, frozen, unused, 1-element and (where DeepSpeed allows it) empty parameters."""
 
-    def __init__(self, with_empty: bool, *, frozen_rows: int = 0) -> None:
+    def __init__(self, with_empty: bool, *, frozen_rows: int = 0, has_norm: bool = False) -> None:
         super().__init__()
+        self.norm = nn.BatchNorm1d(6, affine=False) if has_norm else None
         self.token = nn.Embedding(7, 6)
         self.base = nn.Linear(6, frozen_rows, bias=False) if frozen_rows else None
         self.first = nn.Linear(6, 11)
@@ -52,6 +55,8 @@ class Tiny(nn.Module):
             x = x + self.base(x).mean(-1, keepdim=True)
         x = torch.tanh(self.first(x))
         x = self.second(torch.tanh(self.frozen(x))) * self.one
+        if self.norm is not None:  # Its statistics only, which ranks have of their own samples.
+            self.norm(x.detach())
         logits = self.head(self.child(x)).float()
         return nn.functional.cross_entropy(logits, (tokens + 1) % 7)
 
@@ -71,6 +76,8 @@ class Case:
     """The DeepSpeed operator that has to be built, if any."""
     accumulation: int = 1
     """Micro batches of a step, each of GLOBAL_BATCH samples on all ranks together."""
+    has_small: bool = False
+    """Whether BatchNorm, schedule and scale are kept and restored as well."""
     sequence: int = 1
     """Ranks that share a sequence (Ulysses), where the number of ranks divides by it."""
 
@@ -92,6 +99,10 @@ BF16_MASTER = {
     }
 }  # fmt: skip
 FP16 = {"fp16": {"enabled": True, "loss_scale": 64}}
+DYNAMIC = {"fp16": {"enabled": True, "initial_scale_power": 17, "loss_scale_window": 2,
+                    "hysteresis": 1}}  # fmt: skip
+WARMUP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 20,
+                                                       "warmup_max_lr": 0.03}}}  # fmt: skip
 SMALL3 = {"sub_group_size": 40, "stage3_param_persistence_threshold": 8}
 HOST = {"device": "cpu"}
 
@@ -130,6 +141,10 @@ def _cases() -> list[Case]:
              **three),
         Case("z3-cpuadam", {**_zero(3, offload_optimizer=HOST, **SMALL3), **BF16}, "cpuadam",
              needs="cpu_adam", **three),
+        Case("s0-small", {**_zero(0), **DYNAMIC}, accumulation=2, has_small=True),
+        Case("z2-small", {**_zero(2), **DYNAMIC}, accumulation=2, has_small=True),
+        Case("z3-small", {**_zero(3, **SMALL3), **DYNAMIC, **WARMUP}, accumulation=2,
+             has_small=True, **three),
     ]  # fmt: skip
 
 
@@ -196,12 +211,12 @@ CASES: dict[str, Case] = {case.name: case for case in _cases()}
 FULL_CASES: dict[str, Case] = CASES | {case.name: case for case in _full_cases()}
 
 
-def build(case: Case, *, seed: int = 11) -> Any:
-    """A fresh engine of `case`; another seed gives other initial weights."""
+def build(case: Case, *, seed: int = 11, rate: float = 1.0) -> Any:
+    """A fresh engine of `case`; another seed gives other initial weights, `rate` other rates."""
     get_accelerator().is_fp16_supported = lambda: True
     ranks = deepspeed.comm.get_world_size()
     torch.manual_seed(seed)
-    model = Tiny(case.with_empty, frozen_rows=case.frozen_rows)
+    model = Tiny(case.with_empty, frozen_rows=case.frozen_rows, has_norm=case.has_small)
     shared = case.sequence if ranks % case.sequence == 0 else 1
     micro = GLOBAL_BATCH * shared // ranks
     config = {
@@ -218,8 +233,14 @@ def build(case: Case, *, seed: int = 11) -> Any:
     if case.optimizer == "muon":
         config |= {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "torch_adam": True}}}
         groups = _groups(model)
+    for group in () if optimizer is None else optimizer.param_groups:
+        group["lr"] *= rate
+    schedule = None
+    if case.has_small and "scheduler" not in config:
+        schedule = partial(LambdaLR, lr_lambda=lambda step: 1 / (1 + step))
     engine, _, _, _ = deepspeed.initialize(
-        model=model, optimizer=optimizer, model_parameters=groups, config=config,
+        model=model, lr_scheduler=schedule, optimizer=optimizer, model_parameters=groups,
+        config=config,
         mesh_param=(ranks // shared, shared) if shared > 1 else None,
     )  # fmt: skip
     return engine

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from state_gather import differences
 from state_model import FULL_CASES, Case, build, train
+from state_small import keep, settings
 from state_snapshot import snapshot
 
 from spotspeed.state.provider import provider_for
@@ -30,10 +31,12 @@ def record(case: Case) -> dict[str, Any]:
     losses = train(engine, STEPS)
     middle = snapshot(provider)
     independent = differences(engine, middle.tensors)
+    small = {"small": keep(engine, provider), "set": settings(engine)} if case.has_small else {}
     losses += train(engine, STEPS)
     result = {
         "start": start, "middle": middle, "end": snapshot(provider), "losses": losses,
         "independent": independent, "describe": provider.describe(), "name": provider.name,
+        "set_at_end": settings(engine) if case.has_small else None, **small,
     }  # fmt: skip
     engine.destroy()
     return result
