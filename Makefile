@@ -45,7 +45,8 @@ test: venv stores prewarm
 	  -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS) tests
 	@echo "make test: every test passed"
 
-test-full: venv stores prewarm
+test-full: venv stores
+	@$(PYTHON) tests/prewarm.py --all
 	$(PYTHON) -m pytest $(TEST_ARGS) tests
 	@echo "make test-full: every test passed"
 
@@ -126,7 +127,8 @@ build/stores: $(STAMPS)/package
 	  || echo "make stores: no Azurite here (npm install azurite), see build/install.log"
 	touch $@
 
-# DeepSpeed compiles an operator when a process first joins a group: once here, not in a test.
+# DeepSpeed compiles an operator when a process first joins a group: once here, not in a test. The
+# full suite also has those of the CPU optimizers.
 prewarm: venv
 	@$(PYTHON) tests/prewarm.py
 

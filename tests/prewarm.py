@@ -1,4 +1,7 @@
-"""Compile the operator that DeepSpeed builds on first use, and remove locks of builds that died.
+"""Compile operators that DeepSpeed builds on first use, and remove locks of builds that died.
+
+`prewarm.py [--all]`: the one that every process of a group needs, or with it those of the CPU
+optimizers, whose cases are skipped where they are not built.
 
 PyTorch guards a build with a file named `lock` and waits for it without end; a build that was
 killed leaves it behind. Its owner holds the file open, so a lock that no process has open is stale.
@@ -10,7 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-OPERATOR = "deepspeed_shm_comm"
+NEEDED = {"deepspeed_shm_comm": "ShareMemCommBuilder"}
+OPTIMIZERS = {"cpu_adam": "CPUAdamBuilder", "cpu_lion": "CPULionBuilder",
+              "cpu_adagrad": "CPUAdagradBuilder"}  # fmt: skip
 
 
 def is_open_anywhere(path: Path) -> bool:
@@ -35,22 +40,29 @@ def remove_stale_locks(root: Path) -> list[Path]:
     return stale
 
 
-def build() -> None:
+def build(builder: str) -> None:
     """Build the operator, or wait for whoever builds it."""
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from deepspeed.ops.op_builder import cpu
 
-    ShareMemCommBuilder().load(verbose=False)
+    getattr(cpu, builder)().load(verbose=False)
 
 
 def main() -> int:
     root = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     for path in remove_stale_locks(root):
         print(f"removed the stale build lock {path}")
-    is_built = (root / OPERATOR / f"{OPERATOR}.so").exists()
-    if is_built and not (root / OPERATOR / "lock").exists():
-        return 0
-    print(f"building DeepSpeed's {OPERATOR} once, about a minute", flush=True)
-    build()
+    wanted = NEEDED | (OPTIMIZERS if "--all" in sys.argv[1:] else {})
+    for operator, builder in wanted.items():
+        is_built = (root / operator / f"{operator}.so").exists()
+        if is_built and not (root / operator / "lock").exists():
+            continue
+        print(f"building DeepSpeed's {operator} once, about a minute", flush=True)
+        try:
+            build(builder)
+        except (RuntimeError, ImportError) as error:
+            if operator in NEEDED:
+                raise
+            print(f"cases with {operator} are skipped, it cannot be built here: {error}")
     return 0
 
 
