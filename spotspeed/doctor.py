@@ -8,10 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import secrets
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import inf
@@ -20,6 +18,7 @@ from typing import Any, Literal
 
 from spotspeed.build_locks import abandoned_locks, filesystem_of
 from spotspeed.checkpoint.catalog import scan
+from spotspeed.checkpoint.measuring import measure_copy, measure_store
 from spotspeed.checkpoint.ownership import read_owner
 from spotspeed.coordinator.notice.detect import find_platform
 from spotspeed.coordinator.notice.workplace import find_workplace
@@ -37,10 +36,6 @@ from spotspeed.staging.pool import available_memory_bytes
 from spotspeed.storage import open_storage
 from spotspeed.storage.contract import Storage
 
-PROBE_KEY = "probe/doctor-"
-PROBE_S = 1.0
-PROBE_BYTES_MAX = 512 * 1024 * 1024
-CHUNK_BYTES = 4 * 1024 * 1024
 SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "fuse", "9p", "glusterfs")
 """File systems that usually outlive a machine."""
 
@@ -135,37 +130,6 @@ def diagnose(
     return Diagnosis(
         tuple(findings), stage_bytes_s, write_bytes_s, seal_s, near_bytes_s, share, forecasts
     )
-
-
-def measure_store(storage: Storage) -> tuple[float, float]:
-    """(bytes per second made durable, seconds until a small object is durable) of one writer."""
-    key, chunk = f"{PROBE_KEY}{secrets.token_hex(8)}", os.urandom(CHUNK_BYTES)
-    began = time.monotonic()
-    try:
-        with storage.writer(key) as writer:
-            while time.monotonic() - began < PROBE_S and writer.position < PROBE_BYTES_MAX:
-                writer.write(chunk)
-            size_bytes = writer.position
-            writer.commit()
-        write_s = time.monotonic() - began
-        began = time.monotonic()
-        storage.put(f"{key}.seal", b"sealed")
-        seal_s = time.monotonic() - began
-    finally:
-        storage.delete(key)
-        storage.delete(f"{key}.seal")
-    return size_bytes / write_s, seal_s
-
-
-def measure_copy(size_bytes: int = 64 * 1024 * 1024) -> float:
-    """Bytes per second from memory to memory on one core, pages being there."""
-    source, target = bytearray(os.urandom(4096) * (size_bytes // 4096)), bytearray(size_bytes)
-    best_s = inf
-    for _ in range(3):
-        began = time.monotonic()
-        memoryview(target)[:] = source
-        best_s = min(best_s, time.monotonic() - began)
-    return size_bytes / best_s
 
 
 def _software() -> Iterator[Finding]:

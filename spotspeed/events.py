@@ -86,7 +86,8 @@ class Planned(Event):
 class Forecast(Event):
     """What a notice of `notice_s` seconds can save, by what the saves so far have taken.
 
-    `state_bytes` and `largest_bytes` are one rank's.
+    Before the first one is durable, by a small trial: `is_estimate`. `state_bytes` and
+    `largest_bytes` are one rank's.
     """
 
     notice_s: float
@@ -95,6 +96,7 @@ class Forecast(Event):
     state_bytes: int
     largest_bytes: int
     reason: str
+    is_estimate: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from spotspeed.exit import (
     has_failed,
     leave_now,
 )
-from spotspeed.planning import Planner, launcher_grace_s
+from spotspeed.planning import Planner, launcher_grace_s, pod_grace_s
 from spotspeed.roll_call import RollCall, is_roll_call
 from spotspeed.staging.staged import StagingFacts
 from spotspeed.supervised import tell
@@ -41,6 +41,8 @@ LAST_WORDS_S = 2.0
 """How long a process may take to end once its last cut is settled and no time is left."""
 COPY_TIMEOUT_S = 1800.0
 """Longest time that a restore waits for a copy of what it replaces."""
+LAUNCHER = "the launcher's SIGKILL"
+"""What ends a rank some time after its launcher's SIGTERM."""
 LOST_PART_S = 3.0
 """How much longer than this rank's own part that of a lost rank may take to become durable."""
 
@@ -87,7 +89,8 @@ class Interruption:
         self._session: Session | None = None
         self._exit: ExitWatch | None = None
         self._roll_call: RollCall | None = None
-        self.planner = Planner(config, rank, launcher_s=launcher_grace_s(os.environ))
+        self.planner = Planner(config, rank, launcher_s=launcher_grace_s(os.environ),
+                               pod_s=pod_grace_s(os.environ))  # fmt: skip
         self._orders: Orders | None = None
         self._captures: dict[int, SaveHandle] = {}
         self._lost: list[int] = []
@@ -95,12 +98,14 @@ class Interruption:
     def begin(self, session: Session, exit_watch: ExitWatch, roll_call: RollCall) -> None:
         """From here on there is something to save."""
         self._session, self._exit, self._roll_call = session, exit_watch, roll_call
-        self.planner.begin(session.storage.url)
+        poll_s = max((source.period_s for source in session.sources), default=0.0)
+        self.planner.begin(session.storage.url, poll_s=poll_s)
 
     def announce(self, world_size: int, provider: str, step: int) -> None:
         """Tell whoever listens that this rank is protected from here on, at `step`."""
         assert self._session is not None
         self.fresh_step = step
+        self.planner.estimate(self._session.storage, self._session.stager.share_bytes)
         url, epoch = self._session.storage.url, self._session.epoch
         events.emit(events.Attached(url, epoch, self._rank, world_size, provider))
         tell(attached=self._rank, epoch=epoch, path=url, deadline_s=self._config.notice.deadline_s)
@@ -165,8 +170,14 @@ class Interruption:
 
     def on_notice(self, source: str, seconds_left: float) -> None:
         """A notice was heard on this rank."""
+        if source == LAUNCHER:
+            return
         self.planner.heard()
         events.emit(events.Noticed(source, self._rank, seconds_left))
+        kill_s = self.planner.kill_s
+        if source == "SIGTERM" and kill_s is not None and self._session is not None:
+            # The round ends by then: whoever is killed says nothing more.
+            self._session.coordinator.notice(LAUNCHER, min(kill_s, seconds_left))
 
     def on_agreed(self, cut: Cut) -> None:
         """All ranks know the step of a cut."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
+import os
 import statistics
 import threading
 import time
@@ -13,8 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from spotspeed import events
+from spotspeed.checkpoint.measuring import has_room, measure_copy, measure_store
 from spotspeed.checkpoint.queue import SaveHandle
 from spotspeed.config import SpotSpeedConfig
+from spotspeed.coordinator.notice.kubernetes import VARIABLE as POD_VARIABLE
+from spotspeed.coordinator.notice.kubernetes import kubernetes_workplace
+from spotspeed.coordinator.notice.workplace import LEAVE_S
 from spotspeed.core.deadline import (
     NOTICES_S,
     Action,
@@ -29,13 +36,24 @@ from spotspeed.core.deadline import (
     patience_s,
 )
 from spotspeed.core.saver_protocol import Cost
+from spotspeed.errors import StorageError
 from spotspeed.state.late import GRACE_S
+from spotspeed.storage.contract import Storage
 from spotspeed.supervised import VARIABLES
 
+_logger = logging.getLogger("spotspeed")
 AGREEMENT_S = 0.1
 """From a notice until all ranks know the step, unless it was seen to take longer."""
 LAUNCHER_GRACE_S = 30.0
 """torchrun's --shutdown-timeout, and what `deepspeed` waits for a rank."""
+TRIAL_BYTES = 4 * 1024 * 1024
+LEAST_TRIAL_BYTES = 64 * 1024
+TRIAL_S = 0.25
+TRIAL_NICE = 10
+"""What the estimate at the start writes at most, a quarter of the state otherwise, and how much it
+gives way to the training."""
+TRIAL_ROOM_BYTES = 256 * TRIAL_BYTES
+"""A disk with less room than that is not tried."""
 REMEMBERED = 3
 """Saves of which the slowest counts."""
 STEPS = 5
@@ -53,15 +71,18 @@ class Plan:
 class Planner:
     """Measures every save that it follows; any thread may ask.
 
-    With the first one that is durable it says what notices of the usual lengths can save, and it
-    warns whenever the state begins not to fit into the notice that is to be expected.
+    At the start, and again with the first one that is durable, it says what notices of the usual
+    lengths can save, and it warns whenever the state begins not to fit into the notice that is to
+    be expected.
     """
 
     def __init__(
-        self, config: SpotSpeedConfig, rank: int, *, launcher_s: float | None = None
-    ) -> None:
-        """`launcher_s` is how long the launcher leaves its ranks after it has signalled them."""
+        self, config: SpotSpeedConfig, rank: int, *, launcher_s: float | None = None,
+        pod_s: float | None = None,
+    ) -> None:  # fmt: skip
+        """How long after its signal the launcher leaves the ranks, and the pod all processes."""
         self._rank, self._url, self._launcher_s = rank, config.path, launcher_s
+        self._pod_s, self._poll_s = pod_s, 0.0
         self._expected_s = config.notice.deadline_s
         self._signals = frozenset(config.notice.signals)
         self._compression = config.compression or ""
@@ -77,9 +98,41 @@ class Planner:
         self._lock = threading.Lock()
         self._heard_at: float | None = None
 
-    def begin(self, url: str) -> None:
-        """The store is open; this is what it is called."""
-        self._url = url
+    def begin(self, url: str, *, poll_s: float = 0.0) -> None:
+        """The store is open, and notices are heard up to `poll_s` late."""
+        self._url, self._poll_s = url, poll_s
+
+    @property
+    def kill_s(self) -> float | None:
+        """When this rank leaves by itself after its launcher's SIGTERM; None: none will kill it."""
+        return None if self._launcher_s is None else self._launcher_s - LEAVE_S
+
+    def estimate(self, storage: Storage, state_bytes: int) -> None:
+        """Say, soon, what notices can save of so many bytes, by a small trial of the store."""
+
+        def estimate() -> None:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), TRIAL_NICE)
+            try:
+                if not has_room(storage, TRIAL_ROOM_BYTES):
+                    return
+                limit_bytes = min(TRIAL_BYTES, max(LEAST_TRIAL_BYTES, state_bytes // 4))
+                write_bytes_s, seal_s = measure_store(
+                    storage, limit_s=TRIAL_S, limit_bytes=limit_bytes
+                )
+            except StorageError as error:
+                _logger.info("what a notice can save is not known yet: %s", error)
+                return
+            stage_bytes_s = measure_copy(TRIAL_BYTES)
+            measured = Measured(state_bytes, stage_bytes_s, AGREEMENT_S, poll_s=self._poll_s)
+            with self._lock:
+                is_needed = self._is_fit is None
+            if is_needed:
+                places = Places(self._url, Pace(write_bytes_s), seal_s)
+                self._forecast(_Ahead(measured, places), is_estimate=True)
+
+        if self._rank == 0 and state_bytes:
+            threading.Thread(target=estimate, name="spotspeed-estimate", daemon=True).start()
 
     def heard(self) -> None:
         """A notice has come to this rank."""
@@ -116,8 +169,9 @@ class Planner:
                 _short(wait_s), orders.compression, False, "no save has been measured yet",
             ))  # fmt: skip
             return Plan(orders, wait_s)
-        launcher_s = self._launcher_s if source in self._signals else None
-        limits = Limits(cloud_s=left_s, launcher_s=launcher_s)
+        is_signal = source in self._signals
+        launcher_s = self._launcher_s if is_signal else None
+        limits = Limits(left_s, launcher_s, self._pod_s if is_signal else None)
         decision, orders = choose(limits, measured, places)
         wait_s = patience_s(decision, limits, at_most_s=GRACE_S)
         reason = decision.reason
@@ -160,21 +214,34 @@ class Planner:
         """Say once what notices can save, and warn when the expected one begins to be too short."""
         # An evaluation or a compilation between two steps is nothing that a cut waits for.
         step_s = statistics.median(self._steps_s) if self._steps_s else 0.0
-        ahead = _Ahead(measured.after_notice(agreement_s=self._agreement_s, step_s=step_s), places)
+        later = measured.after_notice(
+            agreement_s=self._agreement_s, step_s=step_s, poll_s=self._poll_s
+        )
+        ahead = _Ahead(later, places)
         before = self._is_fit
-        for notice_s in NOTICES_S if before is None and self._rank == 0 else ():
+        if before is None and self._rank == 0:
+            self._forecast(ahead, is_estimate=False)
+        self._is_fit = ahead.decide(self._expected_s).action is Action.SAVE
+        if not self._is_fit and before in (None, True):
+            self._warn(ahead)
+
+    def _forecast(self, ahead: _Ahead, *, is_estimate: bool) -> None:
+        for notice_s in NOTICES_S:
             decision = ahead.decide(notice_s)
             events.emit(events.Forecast(
-                notice_s, decision.action.value, _short(decision.done_s), measured.state_bytes,
-                ahead.largest_bytes(notice_s), decision.reason,
+                notice_s, decision.action.value, _short(decision.done_s),
+                ahead.measured.state_bytes, ahead.largest_bytes(notice_s), decision.reason,
+                is_estimate,
             ))  # fmt: skip
+        if is_estimate and ahead.decide(self._expected_s).action is not Action.SAVE:
+            self._warn(ahead)
+
+    def _warn(self, ahead: _Ahead) -> None:
         decision = ahead.decide(self._expected_s)
-        self._is_fit = decision.action is Action.SAVE
-        if not self._is_fit and before in (None, True):
-            events.emit(events.Unsafe(
-                self._rank, self._expected_s, _short(decision.done_s), measured.state_bytes,
-                ahead.largest_bytes(self._expected_s), decision.reason,
-            ))  # fmt: skip
+        events.emit(events.Unsafe(
+            self._rank, self._expected_s, _short(decision.done_s), ahead.measured.state_bytes,
+            ahead.largest_bytes(self._expected_s), decision.reason,
+        ))  # fmt: skip
 
     def _measured(self) -> Measured | None:
         if self._stage_bytes_s <= 0:
@@ -201,6 +268,12 @@ class _Ahead:
 
     def largest_bytes(self, notice_s: float) -> int:
         return largest_durable_bytes(Limits(cloud_s=notice_s), self.measured, self.places)
+
+
+def pod_grace_s(environ: Mapping[str, str]) -> float | None:
+    """Seconds from a pod's SIGTERM to its SIGKILL, where it is stated."""
+    found = kubernetes_workplace(environ)
+    return found.grace_s if found is not None and environ.get(POD_VARIABLE) else None
 
 
 def launcher_grace_s(environ: Mapping[str, str]) -> float | None:

@@ -42,9 +42,10 @@ STALL_REPORT_S = 1.0
 LOSS_SIGN_S = 0.5
 """How long a rank whose collective has failed waits for the news that another is gone."""
 DRAIN_S = 1.0
-LEAST_NOTICE_S = 5.0
-"""A stop is given so long at least: a time that has passed says only that there may be none left,
-and whatever is saved before the machine goes is saved."""
+SPENT_S = 1.0
+"""A notice that leaves less says only that the machine may go at any moment, ..."""
+ATTEMPT_S = 5.0
+"""... and is given so long: whatever is saved before it goes is saved."""
 
 
 class GateVerdict(Enum):
@@ -122,9 +123,10 @@ class Coordinator:
     def notice(self, source: str, seconds_left: float | None, *, stop: bool = True) -> None:
         """This machine goes away in `seconds_left` (None: as configured); or only save (stop).
 
-        Below `LEAST_NOTICE_S` it is tried all the same: the machine may stand a little longer.
+        With no time left it is tried all the same: the machine may stand a little longer.
         """
-        left = self._notice_s if seconds_left is None else max(seconds_left, LEAST_NOTICE_S)
+        left = self._notice_s if seconds_left is None else seconds_left
+        left = left if left >= SPENT_S else ATTEMPT_S
         self._control.notice(source, left, Wish.STOP if stop else Wish.SNAP)
 
     def request_snapshot(self, source: str = "periodic") -> None:

@@ -95,9 +95,9 @@ class Measured:
         """Seconds from the notice until the state is out of the ranks' memory."""
         return self.begin_s + self.state_bytes / self.stage_bytes_s
 
-    def after_notice(self, *, agreement_s: float, step_s: float) -> Measured:
+    def after_notice(self, *, agreement_s: float, step_s: float, poll_s: float) -> Measured:
         """The same, seen from the moment of the notice instead of that of the capture."""
-        return replace(self, agreement_s=agreement_s, step_s=step_s)
+        return replace(self, agreement_s=agreement_s, step_s=step_s, poll_s=poll_s)
 
     @property
     def begin_s(self) -> float:

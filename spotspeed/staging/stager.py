@@ -116,6 +116,11 @@ class Stager:
         check = self._config.staging.check
         return Window(*gather(pieces if check != "off" else (), {}), check, seed=seed)
 
+    @property
+    def share_bytes(self) -> int:
+        """What a save of this rank takes, as far as is known."""
+        return self._share_bytes
+
     def stage(
         self,
         ticket: Ticket,

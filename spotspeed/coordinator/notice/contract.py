@@ -50,6 +50,11 @@ class NoticeSource(Protocol):
         """What events and logs call it, such as "ec2" or "file"."""
         ...
 
+    @property
+    def period_s(self) -> float:
+        """How late it may see a notice, in seconds, while what it watches answers."""
+        ...
+
     def start(self, listener: NoticeListener) -> None:
         """Begin to watch, on a daemon thread; returns without waiting for the network."""
         ...

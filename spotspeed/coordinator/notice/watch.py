@@ -55,6 +55,10 @@ class Watch:
     def name(self) -> str:
         return self._name
 
+    @property
+    def period_s(self) -> float:
+        return self._period_s
+
     def start(self, listener: NoticeListener) -> None:
         self._thread = threading.Thread(
             target=self._run, args=(listener,), name=f"spotspeed-notice-{self._name}", daemon=True

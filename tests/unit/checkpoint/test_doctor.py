@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from spotspeed.build_locks import filesystem_of
-from spotspeed.doctor import measure_store
+from spotspeed.checkpoint.measuring import measure_store
 from spotspeed.storage import open_storage
 
 
