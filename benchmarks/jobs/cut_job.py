@@ -209,7 +209,9 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--does", choices=DOES, default="mixed")
     parser.add_argument("--late", type=int, default=-1, help="rank that the others wait for")
     parser.add_argument("--trait", choices=TRAITS, default=None)
-    parser.add_argument("--fails", choices=("raise", "exit"), help="how, where it is told to")
+    parser.add_argument(
+        "--fails", choices=("raise", "exit", "midway", "return"), help="how, where it is told to"
+    )
     parser.add_argument("--linger", type=float, default=0.0, help="seconds between loop and end")
     parser.add_argument("--local_rank", type=int, help="of the deepspeed launcher; not used")
     return parser.parse_args()
@@ -239,6 +241,11 @@ def train(engine: Any, checkpointer: Any, tools: tuple[Log, Pauses], arguments: 
             log.write("failing")
             if arguments.fails == "exit":
                 sys.exit(75)
+            if arguments.fails == "midway":
+                engine(x)
+                raise SystemExit(75)
+            if arguments.fails == "return":
+                return
             raise RuntimeError("a mistake of the training script")
         if arguments.trait == "asyncio":
             asyncio.run(asyncio.sleep(0))

@@ -77,6 +77,8 @@ OCCASIONS = (
     Occasion("SIGKILL of another rank around a save", how="kill last"),
     Occasion("an exception in one rank", ("--fails", "raise"), how="fails"),
     Occasion("sys.exit(75) in one rank", ("--fails", "exit"), how="fails"),
+    Occasion("raise SystemExit(75) in one rank, in a step", ("--fails", "midway"), how="fails"),
+    Occasion("the end of the script in one rank", ("--fails", "return"), how="fails"),
 )  # fmt: skip
 
 
