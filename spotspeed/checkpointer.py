@@ -91,8 +91,8 @@ class Checkpointer:
         if self._is_started:  # `spotspeed.run` has restored it, but for what came with `attach`.
             is_done = tag is None and not self._small.late
             return self._restored if is_done else self.load(self.origin, self.seat, tag)
-        seat = replace(self.seat, on_change=lambda: self._cuts.begin_change(self._saves))
         try:
+            seat = self._cuts.announcing(self.seat, self._saves)
             restored = restore_agreed(self.origin, seat, tag=tag)
         except LeavingError:
             self._leave("before the first step")

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from spotspeed import events
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
+from spotspeed.checkpoint.restore import Seat
 from spotspeed.checkpoint.session import Session, Standing
 from spotspeed.checkpoint.survivors import Lost
 from spotspeed.config import SpotSpeedConfig
@@ -110,11 +111,16 @@ class Interruption:
         events.emit(events.Attached(url, epoch, self._rank, world_size, provider))
         tell(attached=self._rank, epoch=epoch, path=url, deadline_s=self._config.notice.deadline_s)
 
-    def begin_change(self, saves: SaveQueue) -> None:
-        """A restore replaces what was there at the start: that has been copied, or never is."""
-        with self.lock:
-            self.is_changing = True
-        saves.close_window(COPY_TIMEOUT_S)
+    def announcing(self, seat: Seat, saves: SaveQueue) -> Seat:
+        """`seat` of a restore, before which what was there at the start is copied, or never is."""
+
+        def begin() -> None:
+            with self.lock:
+                self.is_changing = True
+            saves.close_window(COPY_TIMEOUT_S)
+            seat.on_change()
+
+        return replace(seat, on_change=begin)
 
     def follow(self, handle: SaveHandle) -> None:
         """A save has been asked for: learn what it takes, and collect what it makes old."""

@@ -60,7 +60,7 @@ class RollCall:
         self._stop_step = -1
         self._is_ending = False
         self._first_seen: dict[str, float] = {}
-        self._stuck_s = STUCK_S
+        self._past_s, self._stuck_s = PAST_S, STUCK_S
         self._decided = threading.Event()
 
     def waiting(self, error: BaseException | None) -> Exchange:
@@ -86,6 +86,7 @@ class RollCall:
         which is raised with what is known then.
         """
         self._is_ending = True
+        self._past_s = 0.0 if has_failed(error) else PAST_S
         self._stuck_s = _stuck_s(error)
         self._decided.clear()
         source = f"{ROLL_CALL} by rank {self._rank} after {forwards_of(self._engine)} forwards"
@@ -148,7 +149,7 @@ class RollCall:
             return
         key = who if kind == "past" else why
         for_s = now - self._first_seen.setdefault(key, now)
-        if for_s >= (PAST_S if kind == "past" else self._stuck_s):
+        if for_s >= (self._past_s if kind == "past" else self._stuck_s):
             self._conclude(why)
 
     def _look_at(self, step: int) -> None:
