@@ -94,6 +94,7 @@ class Interruption:
                                pod_s=pod_grace_s(os.environ))  # fmt: skip
         self._orders: Orders | None = None
         self._captures: dict[int, SaveHandle] = {}
+        self._early: list[Cut] = []
         self._lost: list[int] = []
 
     def begin(self, session: Session, exit_watch: ExitWatch, roll_call: RollCall) -> None:
@@ -105,7 +106,10 @@ class Interruption:
     def announce(self, world_size: int, provider: str, step: int) -> None:
         """Tell whoever listens that this rank is protected from here on, at `step`."""
         assert self._session is not None
-        self.fresh_step = step
+        with self.lock:
+            self.fresh_step, early = step, self._early
+        for cut in early:
+            self.on_capture(cut)
         self.planner.estimate(self._session.storage, self._session.stager.share_bytes)
         url, epoch = self._session.storage.url, self._session.epoch
         events.emit(events.Attached(url, epoch, self._rank, world_size, provider))
@@ -192,8 +196,11 @@ class Interruption:
 
     def on_capture(self, cut: Cut) -> None:
         """State at `cut.step` is constant until the gate opens: save it, or join its save."""
-        if self._session is None or self._roll_call is None:
-            raise CoordinationError("this rank is still being attached")
+        with self.lock:
+            if self.fresh_step is None:
+                self._early.append(cut)  # For when this rank is attached.
+                return
+        assert self._session is not None and self._roll_call is not None
         coordinator = self._session.coordinator
         if is_roll_call(cut):
             answer = self._roll_call.answer(cut.source)
@@ -205,8 +212,6 @@ class Interruption:
             return coordinator.report_durable(cut.round, standing.digest)
         if cut.step < 0:
             # No checkpoint is there that a restore could bring back: this is where the run begins.
-            if self.fresh_step is None:
-                raise CoordinationError("this rank is still being attached")
             cut = replace(cut, step=self.fresh_step)
         if cut.stop and cut.round not in self._captures:
             left_s = cut.seconds_left
@@ -234,6 +239,7 @@ class Interruption:
             self._roll_call.settled(cut, why)
         with self.lock:
             handle = self._captures.pop(cut.round, None)
+            self._early = [early for early in self._early if early.round != cut.round]
         if digest is None and handle is not None and not handle.staging_completion.done():
             handle.abandon(why)
         if digest is None and handle is not None and handle.level == "node":

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from spotspeed import interruption
-from spotspeed.checkpoint.session import _find_sources
+from spotspeed.checkpoint.session import Standing, _find_sources
 from spotspeed.config import NoticeConfig, parse_block
-from spotspeed.coordinator.coordinator import GateVerdict
+from spotspeed.coordinator.coordinator import Cut, GateVerdict
 from spotspeed.errors import ConfigError
 from spotspeed.interruption import Interruption
+from spotspeed.roll_call import RollCall
 from tests.unit.coordinator.test_coordinator import WAIT_S, job_of
 
 
@@ -38,6 +40,23 @@ def test_a_rank_that_is_told_to_leave_before_it_is_attached_ends_with_76(
     Interruption(None, config, 3).leave("all ranks leave")
     assert codes == [76]
     assert "rank 3: interrupted while it was being attached" in capfd.readouterr().err
+
+
+def test_a_cut_that_comes_while_a_rank_is_attached_is_served_as_soon_as_it_is() -> None:
+    told: list[tuple[int, str | None]] = []
+    coordinator = SimpleNamespace(report_durable=lambda number, seal: told.append((number, seal)))
+    cuts = Interruption(None, parse_block({"path": "/unused"}), 0)
+    for number in (1, 2):
+        cuts.on_capture(Cut(number, -1, True, f"c000{number}", 0, "SIGTERM", 60.0, ()))
+    cuts.on_outcome(Cut(1, -1, False, "c0001", 0, "SIGTERM", 60.0, ()), None, "too late")
+    cuts._roll_call = RollCall(None, 0, None)
+    cuts._session = SimpleNamespace(
+        coordinator=coordinator, standing=Standing(7, "seal of 7"), epoch=1,
+        storage=SimpleNamespace(url="/unused"), stager=SimpleNamespace(share_bytes=0),
+    )  # fmt: skip
+    assert told == []
+    cuts.announce(1, "zero12", 0)
+    assert told == [(2, "seal of 7")]
 
 
 def test_an_endpoint_that_only_one_rank_finds_unusable_is_an_error_of_all(
