@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cinttypes>
+#include <cstdint>
+#include <cstdio>
+#include <fstream>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -75,7 +79,7 @@ Arena::Arena(int fd, std::size_t size) : fd_(fd), size_(size) {
     throw std::system_error(error, std::generic_category(), "mmap of a staging arena");
   }
   data_ = static_cast<std::byte*>(address);
-  huge_pages_ = madvise(address, size, MADV_HUGEPAGE) == 0;
+  (void)madvise(address, size, MADV_HUGEPAGE);
   // A dump of a crashed rank needs no copy of the staged state.
   (void)madvise(address, size, MADV_DONTDUMP);
 }
@@ -123,8 +127,26 @@ Arena::Arena(Arena&& other) noexcept
     : fd_(std::exchange(other.fd_, -1)),
       data_(std::exchange(other.data_, nullptr)),
       size_(std::exchange(other.size_, 0)),
-      only_in_(other.only_in_),
-      huge_pages_(other.huge_pages_) {}
+      only_in_(other.only_in_) {}
+
+std::size_t Arena::huge_page_bytes() const {
+  const auto first = reinterpret_cast<std::uintptr_t>(data_);
+  std::ifstream smaps("/proc/self/smaps");
+  std::size_t kib = 0;
+  bool is_inside = false;
+  for (std::string line; std::getline(smaps, line);) {
+    std::uintptr_t start = 0, stop = 0;
+    std::size_t value = 0;
+    if (std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " ", &start, &stop) == 2) {
+      is_inside = first <= start && stop <= first + size_;
+    } else if (is_inside && (std::sscanf(line.c_str(), "ShmemPmdMapped: %zu", &value) == 1 ||
+                             std::sscanf(line.c_str(), "FilePmdMapped: %zu", &value) == 1 ||
+                             std::sscanf(line.c_str(), "AnonHugePages: %zu", &value) == 1)) {
+      kib += value;
+    }
+  }
+  return kib * 1024;
+}
 
 void Arena::prefault(std::size_t offset, std::size_t length) const {
   if (offset > size_ || length > size_ - offset) {

@@ -36,8 +36,9 @@ class Arena {
   std::size_t size() const { return size_; }
   // The creator's descriptor; -1 where the arena was attached.
   int fd() const { return fd_; }
-  // Whether the kernel accepted the wish for huge pages.
-  bool huge_pages() const { return huge_pages_; }
+  // Bytes that this process has mapped by huge pages now: the kernel may accept the wish for them
+  // and give none. Asks /proc/self/smaps; 0 where that cannot be read.
+  std::size_t huge_page_bytes() const;
 
   // Makes the pages of [offset, offset + length) present, in slices, so that no first touch
   // stalls a copy. Throws std::invalid_argument for a range that
@@ -51,7 +52,6 @@ class Arena {
   std::byte* data_ = nullptr;
   std::size_t size_ = 0;
   pid_t only_in_ = 0;  // the one process that has the mapping; 0: its children have it, too
-  bool huge_pages_ = false;
 };
 
 }  // namespace spotspeed

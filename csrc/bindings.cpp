@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <string>
 #include <system_error>
@@ -19,6 +18,7 @@
 
 #include "arena.h"
 #include "device.h"
+#include "device_plan.h"
 #include "host_copy.h"
 #include "planes.h"
 
@@ -39,6 +39,26 @@ std::vector<Copy> to_copies(const std::vector<CopyTuple>& tuples) {
   for (const auto& [source, target, size] : tuples) {
     copies.push_back({reinterpret_cast<const std::byte*>(source),
                       reinterpret_cast<std::byte*>(target), size});
+  }
+  return copies;
+}
+
+// Rows of (source, target, bytes) in a contiguous buffer of unsigned 64-bit integers: no Python
+// object for each copy.
+std::vector<Copy> read_copies(const py::buffer& buffer) {
+  const py::buffer_info info = buffer.request();
+  if (info.ndim != 2 || info.shape[1] != 3 || info.itemsize != 8 ||
+      (info.format != "L" && info.format != "Q") ||
+      (info.size != 0 && (info.strides[1] != 8 || info.strides[0] != 24))) {
+    throw py::value_error("copies must be a contiguous array of uint64 with three columns");
+  }
+  const auto* fields = static_cast<const std::uint64_t*>(info.ptr);
+  std::vector<Copy> copies;
+  copies.reserve(static_cast<std::size_t>(info.shape[0]));
+  for (py::ssize_t row = 0; row < info.shape[0]; ++row, fields += 3) {
+    copies.push_back({reinterpret_cast<const std::byte*>(fields[0]),
+                      reinterpret_cast<std::byte*>(fields[1]),
+                      static_cast<std::size_t>(fields[2])});
   }
   return copies;
 }
@@ -140,22 +160,6 @@ class DeviceHandle {
   py::object keep_;
 };
 
-void check_device_planes(std::uint64_t source, std::uint64_t target, std::size_t item_bytes,
-                         std::size_t count) {
-  check_item_bytes(item_bytes);
-  if (count > std::numeric_limits<std::size_t>::max() / item_bytes) {
-    throw py::value_error("count is too large");
-  }
-  const std::size_t size = item_bytes * count;
-  if (count != 0 && (source == 0 || target == 0 || source + size < source ||
-                     target + size < target)) {
-    throw py::value_error("source or target is null or wraps around");
-  }
-  if (source < target + size && target < source + size) {
-    throw py::value_error("source and target overlap");
-  }
-}
-
 void bind_copy(py::module_& module) {
   py::register_exception<CopyCancelled>(module, "CopyCancelledError", PyExc_RuntimeError);
   py::class_<CopyHandle>(module, "CopyHandle")
@@ -170,6 +174,18 @@ void bind_copy(py::module_& module) {
   py::class_<CopyEngine>(module, "CopyEngine")
       .def(py::init<int, bool>(), py::arg("threads"), py::kw_only(),
            py::arg("low_priority") = false)
+      .def(
+          "submit",
+          [](CopyEngine& engine, const py::buffer& array, py::object keep) {
+            const std::vector<Copy> copies = read_copies(array);
+            std::shared_ptr<CopyJob> job;
+            {
+              const py::gil_scoped_release release;
+              job = engine.submit(copies);
+            }
+            return std::make_unique<CopyHandle>(std::move(job), std::move(keep));
+          },
+          py::arg("copies"), py::kw_only(), py::arg("keep") = py::none())
       .def(
           "submit",
           [](CopyEngine& engine, const std::vector<CopyTuple>& copies, py::object keep) {
@@ -200,7 +216,7 @@ void bind_arena(py::module_& module) {
           [](const Arena& arena) { return reinterpret_cast<std::uintptr_t>(arena.data()); })
       .def_property_readonly("size_bytes", &Arena::size)
       .def_property_readonly("fd", &Arena::fd)
-      .def_property_readonly("huge_pages", &Arena::huge_pages)
+      .def("huge_page_bytes", &Arena::huge_page_bytes, py::call_guard<py::gil_scoped_release>())
       .def("__len__", &Arena::size)
       .def_buffer([](Arena& arena) {
         return py::buffer_info(reinterpret_cast<std::uint8_t*>(arena.data()),
@@ -245,12 +261,16 @@ void bind_pack(py::module_& module) {
       py::arg("stream") = 0);
 }
 
-template <void (*Function)(std::uint64_t, std::uint64_t, std::size_t, std::size_t, std::uintptr_t)>
-void device_planes(std::uint64_t source, std::uint64_t target, std::size_t item_bytes,
-                   std::size_t count, std::uintptr_t stream) {
-  check_device_planes(source, target, item_bytes, count);
-  const py::gil_scoped_release release;
-  Function(source, target, item_bytes, count, stream);
+template <typename Engine>
+std::unique_ptr<DeviceHandle> submit_device(Engine& engine, const py::buffer& array,
+                                            std::uintptr_t after_event, py::object keep) {
+  const std::vector<Copy> copies = read_copies(array);
+  std::shared_ptr<DeviceJob> job;
+  {
+    const py::gil_scoped_release release;
+    job = engine.submit(copies, after_event);
+  }
+  return std::make_unique<DeviceHandle>(std::move(job), std::move(keep));
 }
 
 void bind_device(py::module_& module) {
@@ -258,40 +278,27 @@ void bind_device(py::module_& module) {
   module.def("cuda_built", &cuda_built);
   module.def("cuda_device_count", &cuda_device_count, py::call_guard<py::gil_scoped_release>());
   py::class_<RegisteredMemory>(module, "RegisteredMemory")
-      .def(py::init([](std::uintptr_t address, std::size_t size) {
+      .def(py::init([](std::uintptr_t address, std::size_t size, int device) {
              if (address == 0 || size == 0 || address + size < address) {
                throw py::value_error("memory to register is null, empty or wraps around");
              }
              const py::gil_scoped_release release;
-             return std::make_unique<RegisteredMemory>(reinterpret_cast<std::byte*>(address), size);
+             return std::make_unique<RegisteredMemory>(reinterpret_cast<std::byte*>(address), size,
+                                                       device);
            }),
-           py::arg("address"), py::arg("size_bytes"));
+           py::arg("address"), py::arg("size_bytes"), py::kw_only(), py::arg("device"));
   py::class_<DeviceHandle>(module, "DeviceHandle")
       .def("wait", &DeviceHandle::wait, py::call_guard<py::gil_scoped_release>())
       .def("done", &DeviceHandle::done)
       .def_property_readonly("size_bytes", &DeviceHandle::size_bytes);
   py::class_<DeviceCopyEngine>(module, "DeviceCopyEngine")
       .def(py::init<int, int>(), py::arg("device"), py::kw_only(), py::arg("streams") = 2)
-      .def(
-          "submit",
-          [](DeviceCopyEngine& engine, const std::vector<CopyTuple>& tuples,
-             std::uintptr_t after_stream, py::object keep) {
-            const std::vector<Copy> copies = to_copies(tuples);
-            std::shared_ptr<DeviceJob> job;
-            {
-              const py::gil_scoped_release release;
-              job = engine.submit(copies, after_stream);
-            }
-            return std::make_unique<DeviceHandle>(std::move(job), std::move(keep));
-          },
-          py::arg("copies"), py::kw_only(), py::arg("after_stream") = 0,
-          py::arg("keep") = py::none());
-  module.def("split_planes_device", &device_planes<split_planes_device>, py::arg("source"),
-             py::arg("target"), py::arg("item_bytes"), py::arg("count"), py::kw_only(),
-             py::arg("stream") = 0);
-  module.def("join_planes_device", &device_planes<join_planes_device>, py::arg("source"),
-             py::arg("target"), py::arg("item_bytes"), py::arg("count"), py::kw_only(),
-             py::arg("stream") = 0);
+      .def("submit", &submit_device<DeviceCopyEngine>, py::arg("copies"), py::kw_only(),
+           py::arg("after_event") = 0, py::arg("keep") = py::none());
+  py::class_<TwinCopyEngine>(module, "TwinCopyEngine")
+      .def(py::init<std::size_t>(), py::kw_only(), py::arg("buffer_bytes") = kPackBufferBytes)
+      .def("submit", &submit_device<TwinCopyEngine>, py::arg("copies"), py::kw_only(),
+           py::arg("after_event") = 0, py::arg("keep") = py::none());
 }
 
 }  // namespace

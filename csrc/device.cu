@@ -1,13 +1,14 @@
-// The CUDA side of device.h. Every kernel has a plain twin in pack.cpp or planes.cpp.
+// The CUDA side of device.h; plain twins: pack.cpp of the kernel, device_plan.cpp of the engine.
 #include <algorithm>
 #include <mutex>
 #include <string>
 #include <utility>
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
 #include "device.h"
-#include "planes.h"
+#include "device_plan.h"
 
 namespace spotspeed {
 namespace {
@@ -26,19 +27,36 @@ void check(cudaError_t code, const char* call) {
 
 cudaStream_t as_stream(std::uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-// Makes `device` current, and the caller's device again when it leaves scope.
+// Whether the calling thread has a device's context already. The runtime cannot tell: it calls
+// device 0 the current one of a thread that has used none.
+bool has_context() {
+  using Function = int (*)(void**);  // cuCtxGetCurrent
+  static const auto current = [] {
+    void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    return driver == nullptr ? nullptr
+                             : reinterpret_cast<Function>(dlsym(driver, "cuCtxGetCurrent"));
+  }();
+  void* context = nullptr;
+  return current != nullptr && current(&context) == 0 && context != nullptr;
+}
+
+// Makes `device` current, and the caller's device again when it leaves scope. A thread that has
+// used no device is left with this one: setting device 0 again would make a context there, for
+// which every rank of a node would take hundreds of MB of the first GPU.
 class CurrentDevice {
  public:
-  explicit CurrentDevice(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
+  explicit CurrentDevice(int device) : previous_(device), device_(device) {
+    if (has_context()) check(cudaGetDevice(&previous_), "cudaGetDevice");
     check(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~CurrentDevice() { (void)cudaSetDevice(previous_); }
+  ~CurrentDevice() {
+    if (previous_ != device_) (void)cudaSetDevice(previous_);
+  }
   CurrentDevice(const CurrentDevice&) = delete;
   CurrentDevice& operator=(const CurrentDevice&) = delete;
 
  private:
-  int previous_ = 0;
+  int previous_, device_;
 };
 
 class Event {
@@ -150,28 +168,6 @@ __global__ void pack_kernel(const PackBatch batch, unsigned char* target) {
   }
 }
 
-template <unsigned Item>
-__global__ void split_kernel(const unsigned char* source, unsigned char* target,
-                             std::uint64_t count) {
-  const std::uint64_t stride = static_cast<std::uint64_t>(gridDim.x) * blockDim.x;
-  for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < count; i += stride) {
-#pragma unroll
-    for (unsigned p = 0; p < Item; ++p) target[p * count + i] = source[i * Item + p];
-  }
-}
-
-template <unsigned Item>
-__global__ void join_kernel(const unsigned char* source, unsigned char* target,
-                            std::uint64_t count) {
-  const std::uint64_t stride = static_cast<std::uint64_t>(gridDim.x) * blockDim.x;
-  for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < count; i += stride) {
-#pragma unroll
-    for (unsigned p = 0; p < Item; ++p) target[i * Item + p] = source[p * count + i];
-  }
-}
-
 // Kernels run on the device that holds the memory, whatever device is current.
 int device_of(std::uint64_t address) {
   cudaPointerAttributes attributes{};
@@ -183,24 +179,72 @@ int device_of(std::uint64_t address) {
   return attributes.device;
 }
 
-unsigned blocks_for(std::uint64_t items) {
-  const std::uint64_t blocks = (items + kThreads - 1) / kThreads;
-  return static_cast<unsigned>(std::clamp<std::uint64_t>(blocks, 1, 4096));
+// Device memory for packing, or none where the device has no room for it.
+class PackBuffer {
+ public:
+  PackBuffer() = default;
+  ~PackBuffer() {
+    if (address_ != nullptr) (void)cudaFree(address_);
+  }
+  PackBuffer(const PackBuffer&) = delete;
+  PackBuffer& operator=(const PackBuffer&) = delete;
+
+  void make(std::size_t size) {
+    if (is_tried_) return;
+    is_tried_ = true;
+    if (cudaMalloc(&address_, size) == cudaSuccess) {
+      size_ = size;
+    } else {
+      address_ = nullptr;
+      (void)cudaGetLastError();
+    }
+  }
+  std::byte* data() const { return static_cast<std::byte*>(address_); }
+  std::size_t size() const { return size_; }
+
+ private:
+  void* address_ = nullptr;
+  std::size_t size_ = 0;
+  bool is_tried_ = false;
+};
+
+void copy_to_host(std::byte* target, const std::byte* source, std::size_t size,
+                  cudaStream_t stream) {
+  check(cudaMemcpyAsync(target, source, size, cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync");
 }
 
-template <typename Kernel>
-void launch_planes(Kernel kernel, std::uint64_t source, std::uint64_t target, std::size_t count,
-                   std::uintptr_t stream) {
-  kernel<<<blocks_for(count), kThreads, 0, as_stream(stream)>>>(
-      reinterpret_cast<const unsigned char*>(source), reinterpret_cast<unsigned char*>(target),
-      count);
-  check(cudaGetLastError(), "byte-plane kernel");
-}
+// The buffer is used on the first stream alone, in whose order a round follows the one before it,
+// also that of an earlier submit().
+class CudaBackend : public DeviceBackend {
+ public:
+  CudaBackend(std::byte* buffer, const std::vector<Stream>& streams)
+      : buffer_(buffer), streams_(streams) {}
+  void clear(std::size_t size) override {
+    check(cudaMemsetAsync(buffer_, 0, size, streams_[0].get()), "cudaMemsetAsync");
+  }
+  void pack(const std::vector<PackItem>& items, std::size_t size) override {
+    pack_device(items, reinterpret_cast<std::uint64_t>(buffer_), size,
+                reinterpret_cast<std::uintptr_t>(streams_[0].get()));
+  }
+  void fetch(const Fetch& fetch) override {
+    copy_to_host(fetch.target, buffer_ + fetch.offset, fetch.size, streams_[0].get());
+  }
+  void copy(const Copy& piece, std::size_t number) override {
+    // From the last stream on: the first also packs.
+    const std::size_t stream = streams_.size() - 1 - number % streams_.size();
+    copy_to_host(piece.target, piece.source, piece.size, streams_[stream].get());
+  }
+
+ private:
+  std::byte* buffer_;
+  const std::vector<Stream>& streams_;
+};
 
 }  // namespace
 
 struct DeviceCopyEngine::State {
   int device;
+  PackBuffer buffer;  // outlives the streams that use it
   std::vector<Stream> streams;
   std::mutex mutex;
 };
@@ -214,14 +258,21 @@ int cuda_device_count() noexcept {
   return 0;
 }
 
-RegisteredMemory::RegisteredMemory(std::byte* address, std::size_t size) : address_(address) {
+RegisteredMemory::RegisteredMemory(std::byte* address, std::size_t size, int device)
+    : address_(address), device_(device) {
   if (address == nullptr || size == 0) throw std::invalid_argument("no memory to register");
+  const CurrentDevice current(device);
   // Portable: page-locked for every device's context, not only for the current one.
   check(cudaHostRegister(address, size, cudaHostRegisterPortable), "cudaHostRegister");
 }
 
 RegisteredMemory::~RegisteredMemory() {
-  (void)cudaHostUnregister(address_);
+  try {
+    const CurrentDevice current(device_);
+    (void)cudaHostUnregister(address_);
+  } catch (const DeviceError&) {
+    // The process ends and CUDA is gone already.
+  }
   (void)cudaGetLastError();
 }
 
@@ -240,33 +291,31 @@ DeviceCopyEngine::DeviceCopyEngine(int device, int streams) : state_(std::make_u
 DeviceCopyEngine::~DeviceCopyEngine() = default;
 
 std::shared_ptr<DeviceJob> DeviceCopyEngine::submit(const std::vector<Copy>& copies,
-                                                    std::uintptr_t after_stream) {
+                                                    std::uintptr_t after_event) {
   check_copies(copies);
   const std::lock_guard<std::mutex> lock(state_->mutex);
   const CurrentDevice current(state_->device);
-  std::vector<Stream>& streams = state_->streams;
-  std::size_t size_bytes = 0;
+  const std::vector<Stream>& streams = state_->streams;
+  const auto is_small = [](const Copy& copy) { return copy.size < kPackBelow; };
+  if (std::count_if(copies.begin(), copies.end(), is_small) > 1) {
+    state_->buffer.make(kPackBufferBytes);
+  }
+  const DevicePlan plan = plan_device(copies, state_->buffer.size());
   try {
-    const Event ready;
-    check(cudaEventRecord(ready.get(), as_stream(after_stream)), "cudaEventRecord");
     for (const Stream& stream : streams) {
-      check(cudaStreamWaitEvent(stream.get(), ready.get(), 0), "cudaStreamWaitEvent");
+      if (after_event == 0) break;
+      check(cudaStreamWaitEvent(stream.get(), reinterpret_cast<cudaEvent_t>(after_event), 0),
+            "cudaStreamWaitEvent");
     }
-    std::size_t next = 0;
-    for (const Copy& copy : copies) {
-      if (copy.size == 0) continue;
-      check(cudaMemcpyAsync(copy.target, copy.source, copy.size, cudaMemcpyDeviceToHost,
-                            streams[next++ % streams.size()].get()),
-            "cudaMemcpyAsync");
-      size_bytes += copy.size;
-    }
+    CudaBackend backend(state_->buffer.data(), streams);
+    carry_out(plan, backend);
     std::vector<Event> ends;
     ends.reserve(streams.size());
     for (const Stream& stream : streams) {
       ends.emplace_back();
       check(cudaEventRecord(ends.back().get(), stream.get()), "cudaEventRecord");
     }
-    return std::make_shared<QueuedCopies>(std::move(ends), size_bytes);
+    return std::make_shared<QueuedCopies>(std::move(ends), plan.size_bytes);
   } catch (...) {
     // Part of the list may be on its way: nothing may touch the ranges once the caller knows.
     for (const Stream& stream : streams) (void)cudaStreamSynchronize(stream.get());
@@ -295,34 +344,6 @@ void pack_device(const std::vector<PackItem>& items, std::uint64_t target, std::
     pack_kernel<<<grid, kThreads, 0, as_stream(stream)>>>(
         batch, reinterpret_cast<unsigned char*>(target));
     check(cudaGetLastError(), "pack kernel");
-  }
-}
-
-void split_planes_device(std::uint64_t source, std::uint64_t target, std::size_t item_bytes,
-                         std::size_t count, std::uintptr_t stream) {
-  check_item_bytes(item_bytes);
-  if (count == 0) return;
-  const CurrentDevice current(device_of(target));
-  switch (item_bytes) {
-    case 1: return launch_planes(split_kernel<1>, source, target, count, stream);
-    case 2: return launch_planes(split_kernel<2>, source, target, count, stream);
-    case 4: return launch_planes(split_kernel<4>, source, target, count, stream);
-    case 8: return launch_planes(split_kernel<8>, source, target, count, stream);
-    default: return launch_planes(split_kernel<16>, source, target, count, stream);
-  }
-}
-
-void join_planes_device(std::uint64_t source, std::uint64_t target, std::size_t item_bytes,
-                        std::size_t count, std::uintptr_t stream) {
-  check_item_bytes(item_bytes);
-  if (count == 0) return;
-  const CurrentDevice current(device_of(target));
-  switch (item_bytes) {
-    case 1: return launch_planes(join_kernel<1>, source, target, count, stream);
-    case 2: return launch_planes(join_kernel<2>, source, target, count, stream);
-    case 4: return launch_planes(join_kernel<4>, source, target, count, stream);
-    case 8: return launch_planes(join_kernel<8>, source, target, count, stream);
-    default: return launch_planes(join_kernel<16>, source, target, count, stream);
   }
 }
 

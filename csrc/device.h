@@ -29,15 +29,17 @@ int cuda_device_count() noexcept;
 
 // Page-locks host memory, so that the copy engines of the GPU reach it at full speed.
 // Lifetime: the memory must stay mapped as long as this object; it unlocks in its destructor.
+// `device` is the one that this process computes on: no context is made on any other.
 class RegisteredMemory {
  public:
-  RegisteredMemory(std::byte* address, std::size_t size);
+  RegisteredMemory(std::byte* address, std::size_t size, int device);
   ~RegisteredMemory();
   RegisteredMemory(const RegisteredMemory&) = delete;
   RegisteredMemory& operator=(const RegisteredMemory&) = delete;
 
  private:
   std::byte* address_;
+  int device_;
 };
 
 // Copies in flight from device to host; the ranges must stay valid until it is done.
@@ -52,7 +54,9 @@ class DeviceJob {
   virtual std::size_t size_bytes() const = 0;
 };
 
-// Copies device memory to host memory on streams of its own, of the lowest priority.
+// Copies device memory to host memory on streams of its own, of the lowest priority, as
+// device_plan.h decides. Its pack buffer is made when there first is something to pack; where the
+// device has no memory for it, small copies are made one by one.
 // Threads: submit() may be called from any thread, one at a time.
 class DeviceCopyEngine {
  public:
@@ -62,9 +66,11 @@ class DeviceCopyEngine {
   DeviceCopyEngine(const DeviceCopyEngine&) = delete;
   DeviceCopyEngine& operator=(const DeviceCopyEngine&) = delete;
 
-  // Copies once everything queued on `after_stream` so far has ended. Sources are device
-  // addresses; targets host addresses, registered ones if the call is to return at once.
-  std::shared_ptr<DeviceJob> submit(const std::vector<Copy>& copies, std::uintptr_t after_stream);
+  // Copies once what `after_event` (a cudaEvent_t; 0: nothing) was recorded behind has ended, and
+  // waits for nothing that was queued later. Sources are device addresses; targets host addresses,
+  // registered ones if the call is to return at once. Fewer than 8 bytes between two targets may
+  // become zero.
+  std::shared_ptr<DeviceJob> submit(const std::vector<Copy>& copies, std::uintptr_t after_event);
 
  private:
   struct State;
@@ -87,11 +93,5 @@ void pack_host(const std::vector<PackItem>& items, std::byte* target, std::size_
 // Queues the kernel on `stream`; the item table is copied before it returns.
 void pack_device(const std::vector<PackItem>& items, std::uint64_t target, std::size_t target_size,
                  std::uintptr_t stream);
-
-// Queue the twins of split_planes_scalar and join_planes_scalar (planes.h) on `stream`.
-void split_planes_device(std::uint64_t source, std::uint64_t target, std::size_t item_bytes,
-                         std::size_t count, std::uintptr_t stream);
-void join_planes_device(std::uint64_t source, std::uint64_t target, std::size_t item_bytes,
-                        std::size_t count, std::uintptr_t stream);
 
 }  // namespace spotspeed

@@ -16,7 +16,9 @@ bool cuda_built() { return false; }
 
 int cuda_device_count() noexcept { return 0; }
 
-RegisteredMemory::RegisteredMemory(std::byte*, std::size_t) : address_(nullptr) { refuse(); }
+RegisteredMemory::RegisteredMemory(std::byte*, std::size_t, int) : address_(nullptr), device_(0) {
+  refuse();
+}
 RegisteredMemory::~RegisteredMemory() = default;
 
 DeviceCopyEngine::DeviceCopyEngine(int, int) { refuse(); }
@@ -27,14 +29,6 @@ std::shared_ptr<DeviceJob> DeviceCopyEngine::submit(const std::vector<Copy>&, st
 }
 
 void pack_device(const std::vector<PackItem>&, std::uint64_t, std::size_t, std::uintptr_t) {
-  refuse();
-}
-
-void split_planes_device(std::uint64_t, std::uint64_t, std::size_t, std::size_t, std::uintptr_t) {
-  refuse();
-}
-
-void join_planes_device(std::uint64_t, std::uint64_t, std::size_t, std::size_t, std::uintptr_t) {
   refuse();
 }
 

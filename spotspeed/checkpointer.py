@@ -15,7 +15,7 @@ from spotspeed.checkpoint.passing import Passing
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
 from spotspeed.checkpoint.register import SaveRegister
 from spotspeed.checkpoint.restore import Restored, Seat, restore_agreed
-from spotspeed.checkpoint.save import Seen, begin_save, see, share_bytes
+from spotspeed.checkpoint.save import Seen, begin_save, see, share_of
 from spotspeed.checkpoint.session import Standing, open_session
 from spotspeed.checkpoint.survivors import Lost, take_seats
 from spotspeed.config import SpotSpeedConfig
@@ -75,7 +75,7 @@ class Checkpointer:
         self._binding = boundary.bind(engine, self)
         self._binding.watches_forward = True
         self._small.record()
-        self._session.stager.reserve(share_bytes(self._provider, self._small, engine.global_steps))
+        self._session.stager.reserve(*share_of(self._provider, self._small, engine.global_steps))
         self._cuts.announce(self.world_size, self._provider.name, int(engine.global_steps))
 
     # What users call.
@@ -362,7 +362,7 @@ class Checkpointer:
     def _describe(self, handle: SaveHandle) -> Seen:
         """Look at the tensors of one save, on the queue's thread."""
         named = self._register.named(handle)
-        return see(handle.ticket, named, self._provider, self._session.stager)
+        return see(handle.ticket, named, self._provider, self._small, self._session.stager)
 
     def _begin(self, handle: SaveHandle, seen: Seen) -> Any:
         """Stage one save, on the queue's thread."""

@@ -25,7 +25,8 @@ from spotspeed.agent.sealing import HopelessError, Sealer
 from spotspeed.agent.writing import Workshop, store
 from spotspeed.checkpoint.commit import take_back
 from spotspeed.checkpoint.tiers import NodePart
-from spotspeed.core.chunks import join, pack_parts
+from spotspeed.core.chunks import join
+from spotspeed.core.described import Described, lay_out
 from spotspeed.core.manifest import Manifest, encode_manifest
 from spotspeed.core.saver_protocol import (
     Abandon,
@@ -34,6 +35,7 @@ from spotspeed.core.saver_protocol import (
     Chunks,
     Cost,
     Decoder,
+    Describe,
     Drain,
     End,
     Failed,
@@ -113,6 +115,7 @@ class Session:
         self._ledger = SlotLedger(arena.slot_count if arena else 0, self._free)
         self._saves: dict[int, IncomingSave] = {}
         self._last_number = 0
+        self._described: tuple[int, Described] | None = None
         self._queue: queue.SimpleQueue[IncomingSave | None] = queue.SimpleQueue()
         self._urgent: queue.SimpleQueue[IncomingSave | None] = queue.SimpleQueue()
 
@@ -163,6 +166,8 @@ class Session:
 
     def _handle(self, message: Message, house: House) -> None:
         match message:
+            case Describe(number, chunk_bytes, fragments):
+                self._described = number, Described.of(fragments, chunk_bytes=chunk_bytes)
             case Begin():
                 self._begin(message, house)
             case Chunks(number, first, slots):
@@ -206,8 +211,15 @@ class Session:
             raise FormatError(f"save {begin.save}: no arena with slots of {begin.chunk_bytes}")
         if begin.save <= self._last_number:
             raise FormatError(f"save {begin.save} begun after {self._last_number}")
+        described = self._described if begin.described else None
+        if begin.described and (
+            described is None
+            or (described[0], described[1].chunk_bytes) != (begin.described, begin.chunk_bytes)
+        ):
+            raise FormatError(f"save {begin.save}: refers to description {begin.described}")
+        common = described[1] if described else Described.of((), chunk_bytes=begin.chunk_bytes)
         counts = [item.fragment_count for item in begin.objects]
-        parts = pack_parts(begin.fragments, counts, chunk_bytes=begin.chunk_bytes)
+        parts = lay_out(common, begin.fragments, counts)
         layout = join(parts, counts)
         if (len(layout.chunks), layout.raw_bytes) != (begin.chunk_count, begin.raw_bytes):
             raise FormatError(

@@ -13,12 +13,15 @@ from spotspeed.core.deadline import Orders
 from spotspeed.core.layout import KIND_BLOB, KIND_MASTER, KIND_WEIGHT, TensorKey
 from spotspeed.core.manifest import Ticket
 from spotspeed.staging.stager import Stager, Terms
+from spotspeed.state.moment import behind
 from spotspeed.state.piece import Piece
 from spotspeed.state.plain_tensors import to_plain
 from spotspeed.state.provider import StateProvider
-from spotspeed.state.small import SmallState
+from spotspeed.state.small import Record, SmallState
 
 if TYPE_CHECKING:
+    import torch
+
     from spotspeed.staging.check import Window
     from spotspeed.staging.staged import StagedSave
 
@@ -41,16 +44,19 @@ class Seen:
     window: Window
 
 
-def see(ticket: Ticket, named: NamedSave, live: StateProvider, stager: Stager) -> Seen:
+def see(
+    ticket: Ticket, named: NamedSave, live: StateProvider, small: SmallState, stager: Stager
+) -> Seen:
     """Describe the tensors of a save; from here on a change of them may be noticed.
 
     Raises CaptureError for state that is not known.
     """
-    provider = named.provider(live)
-    pieces = provider.pieces()
-    shares = (piece.share for piece in pieces)
-    window = stager.watch(ticket, [(share.fragment, share.tensor) for share in shares])
-    return Seen(named, provider, pieces, window)
+    provider, after = named.provider(live), small.snapshot(ticket.step).ready
+    with behind(after):
+        pieces = provider.pieces()
+        shares = (piece.share for piece in pieces)
+        held = [(share.fragment, share.tensor) for share in shares]
+        return Seen(named, provider, pieces, stager.watch(ticket, held, after))
 
 
 def begin_save(
@@ -66,8 +72,17 @@ def begin_save(
     The tensors may not change until the save is staged. Raises CaptureError when something cannot
     be stored, naming it: also what only a lost rank had.
     """
+    record = sources[1].snapshot(ticket.step)
+    with behind(record.ready):
+        return _begin_save(ticket, record, seats, sources, orders)
+
+
+def _begin_save(
+    ticket: Ticket, record: Record, seats: Seats, sources: tuple[Seen, SmallState, Stager],
+    orders: Orders | None,
+) -> StagedSave:  # fmt: skip
     seen, small, stager = sources
-    provider, rank, record = seen.provider, seats.seat, small.snapshot(ticket.step)
+    provider, rank = seen.provider, seats.seat
     shared = seats.divide([*seen.pieces, *provider.derived_mismatches()])
     pieces = [*shared, *small.buffer_pieces(record, seat=rank)]
     written_by = {"world_size": ticket.world_size}
@@ -81,7 +96,7 @@ def begin_save(
             if share.fragment.interval.count]  # fmt: skip
     frozen = [item for item in held if _is_frozen(item[0].key)]
     shares = [item for item in held if not _is_frozen(item[0].key)]
-    terms = Terms(rank, orders, seen.window)
+    terms = Terms(rank, orders, seen.window, record.ready)
     return stager.stage(ticket, shares, blobs, frozen=frozen, terms=terms)
 
 
@@ -90,19 +105,25 @@ def _is_frozen(key: TensorKey) -> bool:
     return key.kind == KIND_WEIGHT and not key.scope
 
 
-def share_bytes(provider: StateProvider, small: SmallState, step: int) -> int:
-    """About what this rank writes per save, without the small blobs; the state is that of `step`.
+def share_of(
+    provider: StateProvider, small: SmallState, step: int
+) -> tuple[int, torch.device | None]:
+    """About how many bytes this rank writes per save, without the small blobs, and from where.
 
+    The state is that of `step`; the device is the accelerator that holds it, None for the host.
     Before the first step most optimizers have no state yet: two moments per master are assumed.
     """
     record = small.snapshot(step)
-    shares = [piece.share.fragment for piece in provider.pieces()]
+    pieces = provider.pieces()
+    shares = [piece.share.fragment for piece in pieces]
     master_bytes = sum(share.size_bytes for share in shares if share.key.kind == KIND_MASTER)
     other_bytes = sum(share.size_bytes for share in shares if share.key.kind != KIND_MASTER)
     has_moments = any(share.key.kind not in (KIND_MASTER, KIND_WEIGHT) for share in shares)
     buffer_bytes = sum(piece.fragment.size_bytes for piece in small.buffer_pieces(record))
     moments_bytes = 0 if has_moments else 2 * master_bytes
-    return master_bytes + moments_bytes + other_bytes + buffer_bytes
+    devices = (piece.tensor.device for piece in pieces)
+    device = next((found for found in devices if found.type != "cpu"), None)
+    return master_bytes + moments_bytes + other_bytes + buffer_bytes, device
 
 
 def _encode(value: Mapping[str, Any], *, what: str) -> bytes:

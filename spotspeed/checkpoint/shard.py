@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Protocol
 
@@ -31,7 +31,7 @@ from spotspeed.core.format import (
     encode_header,
 )
 from spotspeed.core.frozen import ObjectRecord, content_of, object_path
-from spotspeed.core.index import ChunkRecord, ShardIndex, encode_index, parse_index
+from spotspeed.core.index import MAX_INDEX_BYTES, ChunkRecord, ShardIndex, encode_index, parse_index
 from spotspeed.core.manifest import (
     MAX_RECEIPT_BYTES,
     Receipt,
@@ -185,7 +185,11 @@ class ShardWriter:
         return ObjectRecord(content=found, coverage=self._coverage(), **asdict(self._close()))
 
     def _coverage(self) -> str:
-        return coverage(entry.fragment for entry in self._layout.entries)
+        common, entries = self._layout.common, self._layout.entries
+        if common is None:
+            return coverage(entry.fragment for entry in entries)
+        rest = coverage(entry.fragment for entry in entries[common.entry_count :])
+        return total((common.coverage, rest))
 
     def _close(self) -> ShardRecord:
         """Write index and footer, and make the file durable."""
@@ -197,10 +201,7 @@ class ShardWriter:
             *self._identity, self._layout.raw_bytes, self._layout.entries, tuple(self._records)
         )
         data = encode_index(index)
-        try:
-            parse_index(data, source=self._path)
-        except FormatError as error:
-            raise CaptureError(f"what is to be saved exceeds the format: {error}") from error
+        self._check(index, data)
         self._pad()
         sha256 = hashlib.sha256(data)
         footer = Footer(self._position, len(data), sha256.digest())
@@ -211,6 +212,17 @@ class ShardWriter:
             self._path, footer.file_bytes, footer.index_offset, len(data), sha256.hexdigest(),
             self._layout.raw_bytes,
         )  # fmt: skip
+
+    def _check(self, index: ShardIndex, data: bytes) -> None:
+        """Raise CaptureError unless `data`, the stored form of `index`, can be read back."""
+        common = self._layout.common
+        try:
+            if common is not None and common.is_storable and len(data) <= MAX_INDEX_BYTES:
+                # Its entries are not read again for every save: the rest stands for itself.
+                data = encode_index(replace(index, entries=index.entries[common.entry_count :]))
+            parse_index(data, source=self._path)
+        except FormatError as error:
+            raise CaptureError(f"what is to be saved exceeds the format: {error}") from error
 
     def move(self, storage: Sink, read_back: ReadBack) -> None:
         """Go on in `storage`: every chunk put so far is read back, verified and written there.

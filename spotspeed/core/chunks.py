@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from spotspeed.core.interval import Interval, overlaps
 from spotspeed.core.layout import ITEM_BYTES, Fragment, TensorKey
 from spotspeed.errors import InvalidLayoutError
+
+if TYPE_CHECKING:
+    from spotspeed.core.described import Described
 
 ENTRY_ALIGNMENT = 8
 """Every entry begins at a multiple of this many bytes of the raw stream."""
@@ -64,12 +68,14 @@ class Segment:
 class StreamLayout:
     """Entries and chunks of one shard, both in order of the raw stream; chunks tile it.
 
-    `sources[i]` is the position of `entries[i]`'s fragment in what `pack` was given.
+    `sources[i]` is the position of `entries[i]`'s fragment in what `pack` was given. The first
+    entries are those of `common`, where that is set.
     """
 
     entries: tuple[Entry, ...]
     chunks: tuple[ChunkSpan, ...]
     sources: tuple[int, ...]
+    common: Described | None = field(default=None, compare=False, repr=False)
 
     @property
     def raw_bytes(self) -> int:
@@ -162,11 +168,12 @@ def pack_parts(
 
 def join(parts: Sequence[StreamLayout], counts: Sequence[int]) -> StreamLayout:
     """The layouts of `pack_parts` one behind the other as one stream, for who only moves chunks."""
-    entries: list[Entry] = []
-    chunks: list[ChunkSpan] = []
-    sources: list[int] = []
-    raw_base = source_base = 0
-    for part, count in zip(parts, [*counts, 0], strict=True):
+    head, *others = parts
+    if not others:
+        return head
+    entries, chunks, sources = list(head.entries), list(head.chunks), list(head.sources)
+    raw_base, source_base = head.raw_bytes, counts[0]
+    for part, count in zip(others, [*counts[1:], 0], strict=True):
         chunk_base = len(chunks)
         entries += [Entry(item.fragment, raw_base + item.raw_offset) for item in part.entries]
         sources += [source_base + source for source in part.sources]

@@ -3,8 +3,8 @@
 A connection begins with a preamble in each direction (magic, protocol version, process id) whose
 form never changes, so that savers of different versions recognise each other. Then follow frames:
 four bytes of length, little-endian, and a msgpack array of a message's code and fields. A rank's
-messages of one save come in the order Begin, Chunks..., End; what was written to the socket is
-read by the saver even when the rank has died meanwhile.
+messages of one save come in the order Begin, Chunks..., End, and a Describe that it needs before;
+what was written to the socket is read by the saver even when the rank has died meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spotspeed.core.manifest import Ticket
 from spotspeed.core.saver_fields import PARSERS, NewObject
 from spotspeed.errors import FormatError, InvalidLayoutError
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
 MAX_SLOTS: Final = 1 << 20
 MAX_EPOCH: Final = 2**53
@@ -45,8 +45,17 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class Describe:
+    """The fragments that the shards of saves to come begin with, until the next Describe."""
+
+    number: int
+    chunk_bytes: int
+    fragments: tuple[Fragment, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Begin:
-    """Announces a save of this rank: what `core.chunks.pack` is to lay out, and the result's size.
+    """Announces a save of this rank: what `core.described` is to lay out, and the result's size.
 
     `compression` is "zstd", "none" or "" for the saver's choice.
     """
@@ -65,6 +74,8 @@ class Begin:
     """Frozen objects that are stored already and hold the rest of this rank's part."""
     is_direct: bool = False
     """Whether it goes past the node's own disk: there is no time for both."""
+    described: int = 0
+    """Number of the last Describe, whose fragments the shard begins with; 0 for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,14 +253,14 @@ class Noticed:
 
 
 Message = (
-    Hello | Begin | Chunks | End | Abandon | Need | Drain | Renew | Notify | UseTier
+    Hello | Describe | Begin | Chunks | End | Abandon | Need | Drain | Renew | Notify | UseTier
     | Welcome | Refused | Freed | Kept | Bypassed | Cost | Stored | Sealed | Failed | Progress
     | Drained | Noticed
 )  # fmt: skip
 
 _CODES: dict[int, type[Any]] = {
     1: Hello, 2: Begin, 3: Chunks, 4: End, 5: Abandon, 6: Need, 7: Drain, 8: Renew, 9: Notify,
-    10: UseTier,
+    10: UseTier, 11: Describe,
     33: Welcome, 34: Refused, 35: Freed, 36: Stored, 37: Sealed, 38: Failed, 39: Progress,
     40: Drained, 41: Noticed, 42: Kept, 43: Bypassed,
     44: Cost,

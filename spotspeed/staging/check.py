@@ -71,7 +71,6 @@ def _digest(source: Source, offset: int, size_bytes: int) -> int:
     hasher = xxhash.xxh3_64()
     for start in range(offset, offset + size_bytes, _PIECE_BYTES):
         piece = np.empty(min(_PIECE_BYTES, offset + size_bytes - start), dtype=np.uint8)
-        source.copy_to(piece.ctypes.data, start, len(piece))
-        source.finish()
+        source.read(piece.ctypes.data, start, len(piece))
         hasher.update(piece.data)
     return hasher.intdigest()

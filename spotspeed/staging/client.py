@@ -34,6 +34,7 @@ from spotspeed.core.saver_protocol import (
 )
 from spotspeed.errors import FormatError, SpotSpeedError, StorageError
 from spotspeed.events import Lost, emit
+from spotspeed.staging.announcing import Announcer
 from spotspeed.staging.connect import (
     RECV_BYTES,
     Connection,
@@ -87,6 +88,7 @@ class SaverSession:
         self.arena_bytes = connection.welcome.arena_bytes
         self.pool = SlotPool(self.arena_bytes // self.slot_bytes if self.slot_bytes else 0)
         self.arena = LentArena(connection)
+        self.announcer = Announcer(self.send, self.slot_bytes)
         self._socket = connection.socket
         self._decoder = connection.decoder
         self._on_notice = on_notice

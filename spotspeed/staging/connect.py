@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 
 from spotspeed.core.saver_protocol import (
     PREAMBLE_BYTES,
@@ -21,13 +23,14 @@ from spotspeed.core.saver_protocol import (
     encode_preamble,
 )
 from spotspeed.errors import FormatError, PoolExhaustedError, SpotSpeedError, StorageError
-from spotspeed.staging.native import Arena, RegisteredMemory
+from spotspeed.staging.native import Arena, DeviceError
 
 HANDSHAKE_TIMEOUT_S = 30.0
 RECV_BYTES = 1 << 16
 PREFAULT_NICE = 10
 PREFAULT_BYTES = 64 * 1024 * 1024
 _UCRED = struct.Struct("3i")
+_logger = logging.getLogger("spotspeed")
 
 
 class Connection:
@@ -116,7 +119,8 @@ class LentArena:
 
     def __init__(self, connection: Connection) -> None:
         self._arena: Arena | None = None
-        self._registered: RegisteredMemory | None = None
+        self._registered: object = None
+        self._is_tried = False
         self.address = 0
         size, descriptor = connection.welcome.arena_bytes, connection.arena_fd
         if size == 0:
@@ -135,10 +139,22 @@ class LentArena:
             target=_prefault, args=(self._arena,), name="spotspeed-prefault", daemon=True
         ).start()
 
-    def pin(self) -> None:
-        """Page-lock the memory, so that copies from a GPU run asynchronously at full speed."""
-        if self._arena is not None and self._registered is None:
-            self._registered = RegisteredMemory(self.address, self._arena.size_bytes)
+    def pin(self, lock: Callable[[int, int], object]) -> None:
+        """Page-lock the memory, so that copies from a GPU run asynchronously at full speed.
+
+        `lock(address, size_bytes)` does it for as long as what it returns lives. It is called
+        once: a system that refuses does so again, and copies run without it.
+        """
+        if self._arena is None or self._is_tried:
+            return
+        self._is_tried = True
+        try:
+            self._registered = lock(self.address, self._arena.size_bytes)
+        except DeviceError as error:
+            _logger.warning(
+                "%d bytes of staging memory cannot be page-locked: %s; copies out of the GPU are "
+                "slower", self._arena.size_bytes, error,
+            )  # fmt: skip
 
     def __del__(self) -> None:
         # Unlocking needs the mapping, so it comes first.

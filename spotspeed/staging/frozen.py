@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from spotspeed.core.frozen import ObjectRecord, content_of, groups
 from spotspeed.core.layout import Fragment
+from spotspeed.staging.devices import ENGINES, Engines
 from spotspeed.staging.sources import HostSource, Source, gather
 
 if TYPE_CHECKING:
@@ -49,14 +50,20 @@ class FrozenShare:
     """Too little for an object: it belongs into the shard."""
 
 
-def plan_share(pieces: Pieces, known: Mapping[str, ObjectRecord]) -> FrozenShare:
+def plan_share(
+    pieces: Pieces, known: Mapping[str, ObjectRecord], *, engines: Engines = ENGINES,
+    after: Any = None,
+) -> FrozenShare:  # fmt: skip
     """Digest `pieces` (1-D contiguous tensors of exactly their fragments) and look them up.
 
     `known` has the objects that this save may refer to, by content. The tensors may not change
-    until the save is staged. Raises CaptureError for a tensor that is not its fragment.
+    until the save is staged. `engines` and `after` are as for `gather`. Raises CaptureError for a
+    tensor that is not its fragment.
     """
     # One dtype after the other, as they will lie in the object: the order is part of the content.
-    fragments, sources = gather(sorted(pieces, key=lambda piece: piece[0].dtype), {})
+    fragments, sources = gather(
+        sorted(pieces, key=lambda piece: piece[0].dtype), {}, engines=engines, after=after
+    )
     found = groups([source.size_bytes for source in sources])
     everything = tuple(fragments), tuple(sources)
     if not found:
@@ -85,7 +92,6 @@ def _digest(source: Source) -> bytes:
     bounce = np.empty(min(_PIECE_BYTES, source.size_bytes), dtype=np.uint8)
     for start in range(0, source.size_bytes, len(bounce)):
         piece = bounce[: min(len(bounce), source.size_bytes - start)]
-        source.copy_to(piece.ctypes.data, start, len(piece))
-        source.finish()
+        source.read(piece.ctypes.data, start, len(piece))
         hasher.update(piece.data)
     return hasher.digest()

@@ -22,6 +22,7 @@ from spotspeed._native import (
     DeviceError,
     DeviceHandle,
     RegisteredMemory,
+    TwinCopyEngine,
     cuda_built,
     cuda_device_count,
     join_planes,
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Arena", "CopyCancelledError", "CopyEngine", "CopyHandle", "DeviceCopyEngine", "DeviceError",
-    "DeviceHandle", "MemoryRange", "RegisteredMemory", "buffer_range", "copy_gather",
-    "copy_scatter", "cuda_available", "cuda_built", "cuda_device_count", "gather", "join_planes",
-    "split_planes", "submit_gather", "submit_scatter",
+    "DeviceHandle", "MemoryRange", "RegisteredMemory", "TwinCopyEngine", "buffer_range",
+    "copy_gather", "copy_scatter", "cuda_available", "cuda_built", "cuda_device_count", "gather",
+    "join_planes", "split_planes", "submit_gather", "submit_scatter",
 ]  # fmt: skip
 
 

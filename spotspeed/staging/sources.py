@@ -1,38 +1,31 @@
-"""Where the bytes of a save come from, and the copies that lay them into slots."""
+"""Where the bytes of a save come from: this process's memory, and that of accelerators."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from spotspeed.core.chunks import StreamLayout
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.errors import CaptureError
-from spotspeed.staging.native import CopyEngine, CopyHandle
+from spotspeed.staging.devices import ENGINES, DeviceQueue, Engines
 
 if TYPE_CHECKING:
     import torch
-
-Copy = tuple[int, int, int]
-"""(source address, target address, bytes)."""
-_ZEROS = np.zeros(4096, dtype=np.uint8)
 
 
 class Source(Protocol):
     """The bytes of one fragment; kept alive by whoever holds the source."""
 
+    address: int
     size_bytes: int
 
-    def copy_to(self, address: int, offset: int, size_bytes: int) -> None:
-        """Begin to copy `size_bytes` bytes from `offset` to memory at `address`."""
-
-    def finish(self) -> None:
-        """Return when all copies begun have arrived."""
+    def read(self, address: int, offset: int, size_bytes: int) -> None:
+        """Copy `size_bytes` bytes from `offset` to memory at `address`; they are there then."""
 
 
 @dataclass(slots=True)
@@ -43,81 +36,57 @@ class HostSource:
     size_bytes: int
     owner: Any
 
-    def copy_to(self, address: int, offset: int, size_bytes: int) -> None:
+    def read(self, address: int, offset: int, size_bytes: int) -> None:
         ctypes.memmove(address, self.address + offset, size_bytes)
 
-    def finish(self) -> None:
-        return
 
-
-class DeviceQueue:
-    """Copies out of one accelerator, after what was queued on it when this object was made.
-
-    On CUDA they run on a stream of their own; elsewhere on the device's default stream.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self._stream: Any = None
-        if device.type == "cuda":
-            cuda: Any = torch.cuda
-            self._stream = cuda.Stream(device)
-            self._stream.wait_stream(cuda.current_stream(device))
-
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Queue a copy; asynchronous on CUDA where `target` lies in page-locked memory."""
-        import torch
-
-        if self._stream is None:
-            target.copy_(source)
-            return
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-
-    def finish(self) -> None:
-        """Return when all copies have arrived."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
-
+@dataclass(slots=True)
 class DeviceSource:
-    """Bytes in an accelerator's memory."""
+    """Bytes in an accelerator's memory, to be read by its queue."""
 
-    def __init__(self, tensor: torch.Tensor, queue: DeviceQueue) -> None:
-        import torch
+    address: int
+    size_bytes: int
+    tensor: torch.Tensor
+    queue: DeviceQueue
 
-        self._bytes = tensor.detach().view(torch.uint8)
-        self._queue = queue
-        self.size_bytes = self._bytes.numel()
-
-    def copy_to(self, address: int, offset: int, size_bytes: int) -> None:
-        import torch
-
-        buffer = (ctypes.c_char * size_bytes).from_address(address)
-        target = torch.frombuffer(buffer, dtype=torch.uint8)
-        self._queue.copy(self._bytes.narrow(0, offset, size_bytes), target)
-
-    def finish(self) -> None:
-        self._queue.finish()
+    def read(self, address: int, offset: int, size_bytes: int) -> None:
+        copies = np.array([[self.address + offset, address, size_bytes]], dtype=np.uint64)
+        self.queue.submit(copies, [self.tensor]).wait()
 
 
 def gather(
-    pieces: Sequence[tuple[Fragment, torch.Tensor]], blobs: Mapping[TensorKey, bytes]
+    pieces: Sequence[tuple[Fragment, torch.Tensor]],
+    blobs: Mapping[TensorKey, bytes],
+    *,
+    engines: Engines = ENGINES,
+    after: Any = None,
 ) -> tuple[list[Fragment], list[Source]]:
-    """Fragments of a save and where each one's bytes are; raises CaptureError for a bad tensor."""
+    """Fragments of a save and where each one's bytes are; raises CaptureError for a bad tensor.
+
+    Bytes on a device are those that are there once the event `after` has come to pass, or else
+    what is queued on its current stream now.
+    """
     fragments: list[Fragment] = []
     sources: list[Source] = []
-    queues: dict[torch.device, DeviceQueue] = {}
+    queues: dict[torch.device, DeviceQueue | None] = {}
+    names: dict[torch.dtype, str] = {}
     for fragment, tensor in pieces:
-        _check_tensor(fragment, tensor)
+        count, dtype, device = tensor.numel(), tensor.dtype, tensor.device
+        if dtype not in names:
+            names[dtype] = str(dtype).removeprefix("torch.")
+        interval = fragment.interval
+        if (
+            count != interval.stop - interval.start
+            or names[dtype] != fragment.dtype
+            or not tensor.is_contiguous()
+        ):
+            raise _refusal(fragment, tensor)
+        if device not in queues:
+            queues[device] = engines.queue(device, after)
         fragments.append(fragment)
-        if tensor.device.type == "cpu":
-            sources.append(HostSource(tensor.data_ptr(), fragment.size_bytes, tensor))
-            continue
-        if tensor.device not in queues:
-            queues[tensor.device] = DeviceQueue(tensor.device)
-        sources.append(DeviceSource(tensor, queues[tensor.device]))
+        address, size, queue = tensor.data_ptr(), count * tensor.itemsize, queues[device]
+        sources.append(HostSource(address, size, tensor) if queue is None
+                       else DeviceSource(address, size, tensor, queue))  # fmt: skip
     for key, data in blobs.items():
         size = len(data)
         fragments.append(Fragment(key, "uint8", (size,), Interval(0, size)))
@@ -126,58 +95,13 @@ def gather(
     return fragments, sources
 
 
-@dataclass(slots=True)
-class CopyPlan:
-    """Copies that fill slots with chunks; bytes of a chunk that belong to no entry become zero."""
-
-    host: list[Copy] = field(default_factory=list)
-    device: list[tuple[Source, int, int, int]] = field(default_factory=list)
-    """(source, target address, offset in the source, bytes)."""
-
-    def add(
-        self, layout: StreamLayout, sources: Sequence[Source], chunk: int, address: int
-    ) -> None:
-        """Fill the memory at `address` with chunk number `chunk`."""
-        position = 0
-        for segment in layout.segments(chunk):
-            self._clear(address + position, segment.chunk_offset - position)
-            source = sources[layout.sources[segment.entry]]
-            target, offset = address + segment.chunk_offset, segment.source_offset
-            if isinstance(source, HostSource):
-                self.host.append((source.address + offset, target, segment.size_bytes))
-            else:
-                self.device.append((source, target, offset, segment.size_bytes))
-            position = segment.chunk_offset + segment.size_bytes
-        self._clear(address + position, layout.chunks[chunk].size_bytes - position)
-
-    def run(self, engine: CopyEngine, begun: Callable[[CopyHandle], None]) -> None:
-        """Copy, on the calling thread and those of `engine`, without the GIL; `begun` hears of it.
-
-        Whoever has the handle may help by waiting for it.
-        """
-        for source, target, offset, size_bytes in self.device:
-            source.copy_to(target, offset, size_bytes)
-        if self.host:
-            handle = engine.submit(self.host)
-            begun(handle)
-            handle.wait()
-        for source in {id(source): source for source, *_ in self.device}.values():
-            source.finish()
-
-    def _clear(self, address: int, size_bytes: int) -> None:
-        for start in range(0, size_bytes, len(_ZEROS)):
-            size = min(len(_ZEROS), size_bytes - start)
-            self.host.append((_ZEROS.ctypes.data, address + start, size))
-
-
-def _check_tensor(fragment: Fragment, tensor: torch.Tensor) -> None:
+def _refusal(fragment: Fragment, tensor: torch.Tensor) -> CaptureError:
     if not tensor.is_contiguous():
-        raise CaptureError(
+        return CaptureError(
             f"{fragment.key}: its tensor of shape {tuple(tensor.shape)} is not contiguous"
         )
     name = str(tensor.dtype).removeprefix("torch.")
-    if tensor.numel() != fragment.interval.count or name != fragment.dtype:
-        raise CaptureError(
-            f"{fragment.key}: the fragment is {fragment.interval.count} elements of "
-            f"{fragment.dtype}, the tensor {tensor.numel()} of {name}"
-        )
+    return CaptureError(
+        f"{fragment.key}: the fragment is {fragment.interval.count} elements of "
+        f"{fragment.dtype}, the tensor {tensor.numel()} of {name}"
+    )

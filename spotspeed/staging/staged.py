@@ -11,7 +11,6 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from spotspeed.core.chunks import join, pack_parts
 from spotspeed.core.deadline import Orders
 from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.layout import Fragment
@@ -23,10 +22,11 @@ from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.events import Bypassed, Kept, Sealed, Staged, Stalled, emit
 from spotspeed.staging.check import Window
 from spotspeed.staging.client import SaverSession
+from spotspeed.staging.copy_plan import CopyPlan, Origin
 from spotspeed.staging.flow import ChunkFlow
 from spotspeed.staging.frozen import FrozenShare
 from spotspeed.staging.native import CopyEngine, CopyHandle
-from spotspeed.staging.sources import CopyPlan, Source
+from spotspeed.staging.sources import Source
 
 _HELP_AGAIN_S = 0.05
 """How often a thread that waits looks whether there is more to copy."""
@@ -85,6 +85,7 @@ class StagedSave:
         self._settings = settings
         self._began = time.monotonic()
         self._flow: ChunkFlow | None = None
+        self._origin: Origin | None = None
         self._copying: list[CopyHandle] = []
         self._lock = threading.Lock()
         self._claim_lock = threading.Lock()
@@ -235,13 +236,14 @@ class StagedSave:
 
     def _fill(self, flow: ChunkFlow, claimed: dict[int, int], is_urgent: bool) -> bool:
         """Copy chunks into their slots; whether anybody still wants them."""
-        plan, sources = CopyPlan(), self._sources
+        origin = self._origin
         try:
+            assert origin is not None, "it goes when all chunks have been handed over"
+            plan = CopyPlan(origin)
             for chunk, slot in claimed.items():
-                plan.add(flow.layout, sources, chunk, flow.session.slot_address(slot))
+                plan.add(flow.layout.chunks[chunk], flow.session.slot_address(slot))
             plan.run(self._settings.urgent if is_urgent else self._settings.lazy, self._begun)
         except BaseException:
-            _await_copies(sources)
             flow.release(claimed.values())
             raise
         return flow.fill(claimed)
@@ -261,18 +263,17 @@ class StagedSave:
                 return None
             new = tuple(NewObject(group.content, len(group.fragments))
                         for group in self._frozen.new)  # fmt: skip
-            counts = [item.fragment_count for item in new]
-            parts = pack_parts(self._fragments, counts, chunk_bytes=session.slot_bytes)
-            layout = join(parts, counts)
-            flow = ChunkFlow(session, layout, self._settings.number())
-            session.listen(flow.number, self)
-            session.send(Begin(
-                flow.number, self.ticket, self.rank, session.slot_bytes, len(layout.chunks),
-                layout.raw_bytes, self._settings.orders.compression, tuple(self._fragments),
-                new, self._frozen.referred, self._settings.orders.is_direct,
+            number = self._settings.number()
+            session.listen(number, self)
+            announced = session.announcer.announce(Begin(
+                number, self.ticket, self.rank, 0, 0, 0, self._settings.orders.compression,
+                tuple(self._fragments), new, self._frozen.referred,
+                self._settings.orders.is_direct,
             ))  # fmt: skip
+            flow = ChunkFlow(session, announced.layout, number)
+            origin = Origin(announced.geometry, self._sources)
             with self._lock:
-                self._flow = flow
+                self._flow, self._origin = flow, origin
                 is_wanted = not self._is_over
             if not is_wanted:
                 flow.close()
@@ -294,8 +295,7 @@ class StagedSave:
         facts = StagingFacts(self.size_bytes, time.monotonic() - self._began, stalled_s)
         if not _resolve(self.staging_completion, facts):
             return
-        self._sources = ()
-        self._window = NO_WINDOW
+        self._sources, self._origin, self._window = (), None, NO_WINDOW
         emit(Staged(self.ticket.directory, self.rank, self.size_bytes, facts.elapsed_s))
         if stalled_s >= _STALL_MIN_S:
             cause = "the staging pool was full and the saver still writing"
@@ -329,15 +329,6 @@ class CopySettings:
     lazy: CopyEngine
     urgent: CopyEngine
     orders: Orders
-
-
-def _await_copies(sources: Sequence[Source]) -> None:
-    """After an error: what was begun may still arrive, and then the slots are others'."""
-    for source in sources:
-        try:
-            source.finish()
-        except Exception as error:  # What went wrong first is raised, not what it led to.
-            _logger.debug("a copy was not finished: %r", error)
 
 
 def _resolve(future: Future[T], value: T) -> bool:

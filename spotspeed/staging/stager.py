@@ -12,7 +12,8 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.core.deadline import Orders
@@ -24,15 +25,16 @@ from spotspeed.errors import SpotSpeedError, StorageError
 from spotspeed.events import Reserved, emit
 from spotspeed.staging.check import Window
 from spotspeed.staging.client import OnNotice, SaverSession, find_saver, open_session
+from spotspeed.staging.devices import ENGINES, Engines
 from spotspeed.staging.frozen import FrozenShare, plan_share
 from spotspeed.staging.launch import rendezvous_url
-from spotspeed.staging.native import CopyEngine, cuda_available
+from spotspeed.staging.native import CopyEngine
 from spotspeed.staging.pool import (
     available_memory_bytes,
     choose_arena_bytes,
     choose_slot_bytes,
 )
-from spotspeed.staging.sources import DeviceSource, gather
+from spotspeed.staging.sources import DeviceSource, Source, gather
 from spotspeed.staging.staged import CopySettings, StagedSave
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ class Terms:
     """How it is to be stored; None: as the config says."""
     window: Window | None = None
     """Fails it when the tensors have changed since; None: a look at them is taken now."""
+    after: Any = None
+    """The torch.cuda.Event behind which its state stands; None: what is queued now."""
 
 
 NO_TERMS = Terms()
@@ -76,6 +80,7 @@ class Stager:
         *,
         local_world_size: int = 1,
         on_notice: OnNotice | None = None,
+        engines: Engines = ENGINES,
     ) -> None:
         self.url = rendezvous_url(url)
         local_path = config.local_path
@@ -92,7 +97,8 @@ class Stager:
         threads = copy_threads(local_world_size)
         self._lazy = CopyEngine(threads, low_priority=True)
         self._urgent = CopyEngine(threads)
-        self._is_on_device = False
+        self._engines = engines
+        self._device: torch.device | None = None
         self._jobs: deque[StagedSave] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -101,20 +107,24 @@ class Stager:
         self._adopted: dict[str, ObjectRecord] = {}
         self._copier: threading.Thread | None = None
 
-    def reserve(self, share_bytes: int) -> None:
+    def reserve(self, share_bytes: int, device: torch.device | None = None) -> None:
         """Start or find the saver, and reserve the arena for saves of `share_bytes` by this rank.
 
+        State on an accelerator, `device`, is copied into page-locked memory.
         Raises PoolExhaustedError when the node has no memory for the minimum, StorageError when
         there is no saver to be had.
         """
-        self._share_bytes = max(share_bytes, self._share_bytes)
+        self._share_bytes, self._device = max(share_bytes, self._share_bytes), device
         self._open_session()
 
-    def watch(self, ticket: Ticket, pieces: Sequence[tuple[Fragment, torch.Tensor]]) -> Window:
+    def watch(
+        self, ticket: Ticket, pieces: Sequence[tuple[Fragment, torch.Tensor]], after: Any = None
+    ) -> Window:
         """Digests of `pieces` as they are now, as `staging.check` wants them; for `stage`."""
         seed = zlib.crc32(ticket.digest, self._rank)
         check = self._config.staging.check
-        return Window(*gather(pieces if check != "off" else (), {}), check, seed=seed)
+        looked_at = pieces if check != "off" else ()
+        return Window(*gather(looked_at, {}, **self._way(after)), check, seed=seed)
 
     @property
     def share_bytes(self) -> int:
@@ -136,15 +146,17 @@ class Stager:
         become one-dimensional uint8 tensors.
         `frozen` are pieces that nothing trains: they are read now, and copied only when the last
         save did not hold the same. The tensors may not change until `StagedSave.wait_staged`.
+        Those on a GPU are read once `terms.after` has come to pass, whatever was queued later.
         Raises CaptureError for a tensor that is not its fragment; all other failures come out of
         the futures.
         """
-        window = terms.window or self.watch(ticket, [*frozen, *pieces])
-        share = plan_share(frozen, self._known_objects())
+        way = self._way(terms.after)
+        window = terms.window or self.watch(ticket, [*frozen, *pieces], terms.after)
+        share = plan_share(frozen, self._known_objects(), **way)
         if share.is_small:
             pieces, share = [*pieces, *frozen], FrozenShare()
-        fragments, sources = gather(pieces, blobs)
-        self._is_on_device |= any(isinstance(source, DeviceSource) for source in sources)
+        fragments, sources = gather(pieces, blobs, **way)
+        self._look_for_device(sources)
         part = self._rank if terms.rank is None else terms.rank
         save = StagedSave(
             ticket, part, contents=(fragments, sources), frozen=share,
@@ -276,8 +288,7 @@ class Stager:
             emit(Reserved(self._rank, arena_bytes, self._share_bytes, reason))
             if self._local_path:
                 self._session.use_tier(self._local_path)
-            if self._is_on_device and cuda_available():
-                self._session.arena.pin()
+            self._pin(self._session)
             if self._owner is not None:
                 self._session.renew_owner(self._owner[0], period_s=self._owner[1])
             self._session.when_lost(self._replace_saver)
@@ -302,6 +313,26 @@ class Stager:
                 _logger.warning("no saver renews the owner record for now: %s", error)
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closed, RESTART_PAUSE_S)
+
+    def _way(self, after: Any) -> dict[str, Any]:
+        return {"engines": self._engines, "after": after}
+
+    def _look_for_device(self, sources: Sequence[Source]) -> None:
+        """State has come onto an accelerator since `reserve`: the arena is locked before it goes.
+
+        Here and not where the session is taken up, because that may be the thread that trains.
+        """
+        if self._device is not None:
+            return
+        on_device = (source for source in sources if isinstance(source, DeviceSource))
+        self._device = next((source.tensor.device for source in on_device), None)
+        with self._session_lock:
+            if self._session is not None and self._session.is_alive:
+                self._pin(self._session)
+
+    def _pin(self, session: SaverSession) -> None:
+        if self._device is not None:
+            session.arena.pin(partial(self._engines.lock, self._device))
 
     def _copy_all(self) -> None:
         """Body of the background thread: copy the saves in order, at low priority."""

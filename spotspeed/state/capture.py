@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container, Iterator
 
 import torch
@@ -13,6 +14,10 @@ from spotspeed.state.partition import Layout, Partition, Resident, Slot
 from spotspeed.state.piece import Piece, dtype_name, flat_elements, run_of
 from spotspeed.state.weights import element_scope, underived
 
+Where = tuple[str, str, tuple[int, ...], int, int]
+"""Kind, name and shape of a tensor, and the range of its elements."""
+HOLDINGS_KEPT = 1 << 16
+"""Places that are remembered, at some 600 bytes each."""
 SCALAR_BYTES = 8
 """At most so much is stored for one number of an optimizer's state."""
 
@@ -53,7 +58,8 @@ def underived_pieces(layout: Layout) -> Iterator[Piece]:
         key = TensorKey(KIND_WEIGHT, slot.name, element_scope(slot.interval))
         whole = Interval(0, slot.interval.count)
         fragment = Fragment(key, dtype_name(weight), (whole.count,), whole)
-        yield _piece(fragment, weight, partition.replica_index, partition.replica_count)
+        holding = Holding(fragment, partition.replica_index, partition.replica_count)
+        yield Piece(holding, weight)
 
 
 def expected_bytes(layout: Layout, *, but: Container[str] = ()) -> int:
@@ -83,25 +89,32 @@ def expected_bytes(layout: Layout, *, but: Container[str] = ()) -> int:
 def slot_piece(partition: Partition, slot: Slot, kind: str, elements: torch.Tensor) -> Piece:
     """The piece of one slot in a tensor that is laid out like the master."""
     run = run_of(elements, slot.offset, slot.interval)
-    fragment = Fragment(TensorKey(kind, slot.name), dtype_name(run), slot.shape, slot.interval)
-    return _piece(fragment, run, partition.replica_index, partition.replica_count)
+    where = kind, slot.name, slot.shape, slot.interval.start, slot.interval.stop
+    return _piece(where, run, partition.replica_index, partition.replica_count)
 
 
 def scalar_piece(partition: Partition, name: str, key: str, value: torch.Tensor) -> Piece:
     """The piece of a number that the optimizer keeps per master."""
-    fragment = Fragment(TensorKey(key, name), dtype_name(value), (), Interval(0, 1))
-    return _piece(fragment, value, partition.replica_index, partition.replica_count)
+    where = key, name, (), 0, 1
+    return _piece(where, value, partition.replica_index, partition.replica_count)
 
 
 def resident_piece(resident: Resident) -> Piece:
     """The piece of a weight without an optimizer."""
     elements = flat_elements(resident.tensor).narrow(0, 0, resident.interval.count)
-    fragment = Fragment(
-        TensorKey(KIND_WEIGHT, resident.name), dtype_name(elements),
-        resident.shape, resident.interval,
-    )  # fmt: skip
-    return _piece(fragment, elements, resident.replica_index, resident.replica_count)
+    interval = resident.interval
+    where = KIND_WEIGHT, resident.name, resident.shape, interval.start, interval.stop
+    return _piece(where, elements, resident.replica_index, resident.replica_count)
 
 
-def _piece(fragment: Fragment, elements: torch.Tensor, index: int, count: int) -> Piece:
-    return Piece(Holding(fragment, index, count), elements)
+def _piece(where: Where, elements: torch.Tensor, index: int, count: int) -> Piece:
+    return Piece(_holding(*where, dtype_name(elements), index, count), elements)
+
+
+@functools.lru_cache(maxsize=HOLDINGS_KEPT)
+def _holding(
+    kind: str, name: str, shape: tuple[int, ...], start: int, stop: int, dtype: str, *replica: int
+) -> Holding:
+    """The same object for the same place: made once, and compared in no time at every save."""
+    fragment = Fragment(TensorKey(kind, name), dtype, shape, Interval(start, stop))
+    return Holding(fragment, *replica)

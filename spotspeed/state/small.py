@@ -51,7 +51,7 @@ class Record:
     is_between_epochs: bool
     buffers: BufferCopy
     ready: Any
-    """The accelerator's event after the copies, or None where copies are synchronous."""
+    """The accelerator's event after the update and the copies; None where nothing is queued."""
 
 
 @dataclass(slots=True)
@@ -263,7 +263,7 @@ class SmallState:
         copied = self._buffers.copy(spare)
         scaled = scaler.capture(engine)
         ready = None
-        if self._is_asynchronous and (copied.tensors or scaled["grad"] is not None):
+        if self._is_asynchronous:
             ready = get_accelerator().Event()
             ready.record()
         return Record(

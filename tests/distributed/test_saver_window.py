@@ -20,7 +20,7 @@ from spotspeed.config import parse_block
 from spotspeed.errors import CaptureError, StorageError
 from spotspeed.staging import flow
 from spotspeed.staging.client import SaverSession
-from spotspeed.staging.sources import CopyPlan
+from spotspeed.staging.copy_plan import CopyPlan
 from spotspeed.staging.staged import StagedSave
 from spotspeed.staging.stager import Stager
 from spotspeed.storage.local import LocalStorage

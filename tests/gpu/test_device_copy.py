@@ -36,37 +36,46 @@ def current_stream() -> int:
 def test_copies_wait_for_the_stream_that_produced_the_data() -> None:
     size = 64 << 20
     arena = Arena.create(size)
-    registered = RegisteredMemory(arena.address, size)
+    registered = RegisteredMemory(arena.address, size, device=torch.cuda.current_device())
     engine = DeviceCopyEngine(0, streams=2)
     source = torch.zeros(size, dtype=torch.uint8, device="cuda")
     for round_number in range(1, 20):
         source.fill_(round_number)
-        half = size // 2
+        half, event = size // 2, torch.cuda.Event()
+        event.record()
+        rows = [
+            (source.data_ptr(), arena.address, half),
+            (source.data_ptr() + half, arena.address + half, half),
+        ]
         handle = engine.submit(
-            [
-                (source.data_ptr(), arena.address, half),
-                (source.data_ptr() + half, arena.address + half, half),
-            ],
-            after_stream=current_stream(),
-            keep=(source, registered),
+            np.array(rows, np.uint64),
+            after_event=event.cuda_event,
+            keep=(source, registered, event),
         )
         assert handle.wait() == size
         assert handle.done()
         assert (np.frombuffer(arena, np.uint8) == round_number).all()
 
 
-@pytest.mark.parametrize("item", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("count", [1, 31, 100_003])
-def test_plane_kernels_agree_with_their_twins(item: int, count: int) -> None:
-    source = random_on_device(item * count, count)
-    planes, back = torch.empty_like(source), torch.empty_like(source)
-    stream = current_stream()
-    _native.split_planes_device(source.data_ptr(), planes.data_ptr(), item, count, stream=stream)
-    _native.join_planes_device(planes.data_ptr(), back.data_ptr(), item, count, stream=stream)
-    expected = bytearray(item * count)
-    _native.split_planes_scalar(source.cpu().numpy(), expected, item)
-    assert planes.cpu().numpy().tobytes() == bytes(expected)
-    assert torch.equal(back, source)
+@pytest.mark.parametrize("streams", [1, 3])
+def test_the_engine_agrees_with_its_twin(streams: int) -> None:
+    random = np.random.default_rng(9)
+    pool = random_on_device(24 << 20, 10)
+    host_pool = pool.cpu().numpy()
+    targets = [np.zeros(64 << 20, np.uint8) for _ in range(2)]
+    rows, offset = [], 0
+    for number in range(3000):
+        size = int(random.integers(0, 9_000_000 if number % 500 == 0 else 3000))
+        start = int(random.integers(0, 14 << 20))
+        rows.append((start, offset, size))
+        offset += size + int(random.integers(0, 20))
+    assert offset < targets[0].size
+    copies = np.array(rows, np.uint64)
+    base = np.array([[pool.data_ptr(), targets[0].ctypes.data, 0]], np.uint64)
+    DeviceCopyEngine(0, streams=streams).submit(copies + base, keep=pool).wait()
+    base = np.array([[host_pool.ctypes.data, targets[1].ctypes.data, 0]], np.uint64)
+    _native.TwinCopyEngine().submit(copies + base).wait()
+    assert np.array_equal(*targets)
 
 
 def test_the_pack_kernel_agrees_with_its_twin() -> None:
@@ -87,8 +96,7 @@ def test_the_pack_kernel_agrees_with_its_twin() -> None:
 
 
 def test_host_addresses_are_no_kernel_targets() -> None:
-    host = bytearray(64)
-    address = np.frombuffer(host, np.uint8).ctypes.data
+    host = np.zeros(64, np.uint8)
     with pytest.raises((ValueError, _native.DeviceError)):
-        _native.split_planes_device(address, address + 32, 4, 8)
+        _native.pack_device([(host.ctypes.data, 0, 8)], host.ctypes.data + 32, 8)
     assert cuda_built()

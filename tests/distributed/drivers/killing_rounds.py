@@ -20,7 +20,7 @@ from spotspeed.checkpoint.commit import roll_forward
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.errors import SpotSpeedError
 from spotspeed.staging.client import find_saver
-from spotspeed.staging.sources import CopyPlan
+from spotspeed.staging.copy_plan import CopyPlan
 from spotspeed.storage.local import LocalStorage
 from tests.distributed.drivers.saver_rank import Rank, pieces_of
 from tests.distributed.saver_ranks import LIMIT_S, wait_gone

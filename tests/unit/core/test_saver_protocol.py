@@ -21,6 +21,7 @@ from spotspeed.core.saver_protocol import (
     Chunks,
     Cost,
     Decoder,
+    Describe,
     Drain,
     Drained,
     End,
@@ -54,7 +55,8 @@ FRAGMENTS = (
 )
 MESSAGES: list[Message] = [
     Hello(3, 4711, 1 << 30, 1 << 22),
-    Begin(1, TICKET, 3, 1 << 20, 7, 7 << 20, "zstd", FRAGMENTS, is_direct=True),
+    Begin(1, TICKET, 3, 1 << 20, 7, 7 << 20, "zstd", FRAGMENTS, is_direct=True, described=4),
+    Describe(4, 1 << 20, FRAGMENTS),
     Chunks(1, 5, (0, 9, 3)), End(1), Abandon(1, "held too long"), Need(4), Drain(2**53),
     Renew(2, 5.0), Notify(119.5, "ec2"), Welcome(4712, 1 << 30, 1 << 22),
     Refused("memory", "none left"), Freed((9,)), UseTier("/mnt/nvme"), Kept(1, 9),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,6 +29,20 @@ os.close(descriptors[0])
 memoryview(arena)[100:105] = b"alive"
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_huge_pages_are_counted_where_they_were_given() -> None:
+    arena = Arena.create(8 << 20)
+    assert arena.huge_page_bytes() == 0, "nothing has been touched"
+    arena.prefault(0, len(arena))
+    given = arena.huge_page_bytes()
+    assert 0 <= given <= len(arena)
+    assert given % (2 << 20) == 0
+    pattern = rf"^{arena.address:x}-.*?^(?:Shmem|File)PmdMapped: +(\d+) kB"
+    smaps = Path("/proc/self/smaps").read_text()
+    mapped = re.search(pattern, smaps, re.MULTILINE | re.DOTALL)
+    assert mapped is not None
+    assert given == int(mapped[1]) * 1024
 
 
 def test_an_arena_is_a_writable_buffer_of_whole_pages() -> None:

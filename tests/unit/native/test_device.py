@@ -47,22 +47,44 @@ def test_without_a_gpu_every_device_call_says_so() -> None:
     with pytest.raises(_native.DeviceError):
         _native.DeviceCopyEngine(0)
     with pytest.raises(_native.DeviceError):
-        _native.RegisteredMemory(4096, 4096)
+        _native.RegisteredMemory(4096, 4096, device=0)
     with pytest.raises(_native.DeviceError):
         _native.pack_device([(4096, 0, 8)], 8192, 8)
-    with pytest.raises(_native.DeviceError):
-        _native.split_planes_device(4096, 8192, 4, 8)
     if not cuda_built():
         with pytest.raises(_native.DeviceError, match="install nvcc and rebuild"):
-            _native.join_planes_device(4096, 8192, 4, 8)
+            _native.DeviceCopyEngine(0)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 300) | st.sampled_from([70_000, 200_000]), max_size=30),
+    gaps=st.lists(st.integers(0, 20), min_size=30, max_size=30),
+    buffer_bytes=st.sampled_from([0, 1000, 1 << 20]),
+)
+def test_the_plan_of_device_copies_brings_every_byte(sizes, gaps, buffer_bytes) -> None:
+    sources = [np.full(size, 1 + index, np.uint8) for index, size in enumerate(sizes)]
+    target = np.zeros(sum(sizes) + sum(gaps), np.uint8)
+    expected, rows, offset = np.zeros_like(target), [], 0
+    for source, gap in zip(sources, gaps, strict=False):
+        offset += gap
+        expected[offset : offset + source.size] = source
+        rows.append((source.ctypes.data, target.ctypes.data + offset, source.size))
+        offset += source.size
+    engine = _native.TwinCopyEngine(buffer_bytes=buffer_bytes)
+    handle = engine.submit(np.array(rows, np.uint64).reshape(-1, 3), keep=sources)
+    assert handle.wait() == sum(sizes)
+    assert handle.done()
+    assert np.array_equal(target, expected)
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [(4096, 8192, 3, 8), (0, 8192, 4, 8), (4096, 4100, 4, 8), (4096, 8192, 4, 2**62)],
-    ids=["item", "null", "overlap", "size"],
-)
-def test_device_planes_check_before_they_launch(arguments: tuple[int, int, int, int]) -> None:
-    for transform in (_native.split_planes_device, _native.join_planes_device):
-        with pytest.raises(ValueError):
-            transform(*arguments)
+    "copies",
+    [np.zeros(3, np.uint64), np.zeros((1, 2), np.uint64), np.zeros((1, 3), np.uint32),
+     np.zeros((1, 3), np.float64), np.zeros((2, 6), np.uint64)[:, ::2],
+     np.array([[0, 4096, 8]], np.uint64)],
+    ids=["flat", "columns", "width", "floats", "strided", "null"],
+)  # fmt: skip
+def test_arrays_that_are_no_copies_are_refused(copies) -> None:
+    with pytest.raises(ValueError):
+        _native.TwinCopyEngine().submit(copies)
+    with pytest.raises(ValueError):
+        _native.CopyEngine(1).submit(copies)

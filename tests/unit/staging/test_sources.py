@@ -16,8 +16,9 @@ from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.errors import CaptureError
 from spotspeed.staging.check import Mode, Window
+from spotspeed.staging.copy_plan import CopyPlan, Geometry, Origin
 from spotspeed.staging.native import CopyEngine
-from spotspeed.staging.sources import CopyPlan, gather
+from spotspeed.staging.sources import gather
 
 ENGINE = CopyEngine(1)
 CHUNK = 4096
@@ -49,8 +50,8 @@ def test_the_slots_hold_the_raw_stream_and_zeros_between(
         expected[entry.raw_offset : entry.raw_stop] = contents[number]
     for chunk in layout.chunks:
         slot: np.ndarray[Any, Any] = np.full(CHUNK, 0xA5, dtype=np.uint8)
-        plan = CopyPlan()
-        plan.add(layout, sources, chunk.index, slot.ctypes.data)
+        plan = CopyPlan(Origin(Geometry.of(layout), sources))
+        plan.add(chunk, slot.ctypes.data)
         plan.run(ENGINE, lambda handle: None)
         assert bytes(slot[: chunk.size_bytes]) == expected[chunk.raw_offset : chunk.raw_stop]
         assert (slot[chunk.size_bytes :] == 0xA5).all(), "written behind the chunk"
@@ -92,5 +93,43 @@ def test_the_copies_read_the_tensors_own_memory() -> None:
     tensor = torch.arange(4, dtype=torch.int64)
     _, sources = gather([_tensor("w", tensor)], {})
     target = (ctypes.c_char * 16)()
-    sources[0].copy_to(ctypes.addressof(target), 8, 16)
+    sources[0].read(ctypes.addressof(target), 8, 16)
     assert bytes(target) == tensor.numpy().tobytes()[8:24]
+
+
+class SlowQueue:
+    """A device whose copies are over only when they have been waited for."""
+
+    def __init__(self) -> None:
+        self.begun = self.waited = 0
+
+    def queue(self, device: torch.device, after: Any) -> SlowQueue:
+        return self
+
+    def lock(self, device: torch.device, address: int, size_bytes: int) -> None:
+        return None
+
+    def submit(self, copies: Any, tensors: Any) -> SlowQueue:
+        self.begun += len(copies)
+        return self
+
+    def wait(self) -> None:
+        self.waited += 1
+
+
+def test_after_an_error_no_copy_of_a_device_is_left_on_its_way() -> None:
+    device = SlowQueue()
+    blob = {TensorKey("blob", "rank"): b"some"}
+    fragments, sources = gather([_tensor("w", torch.zeros(8))], blob, engines=device)
+    layout = pack(fragments, chunk_bytes=CHUNK)
+    plan = CopyPlan(Origin(Geometry.of(layout), sources))
+    slots: list[np.ndarray[Any, Any]] = [np.empty(CHUNK, dtype=np.uint8) for _ in layout.chunks]
+    for chunk, slot in zip(layout.chunks, slots, strict=True):
+        plan.add(chunk, slot.ctypes.data)
+
+    def fail(handle: object) -> None:
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError):
+        plan.run(ENGINE, fail)
+    assert (device.begun, device.waited) == (1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptim
 from spotspeed.core.interval import Interval
 from spotspeed.core.layout import Extent, Fragment, Holding, StoredTensor, TensorKey
 from spotspeed.errors import CaptureError, InvalidLayoutError, UnsupportedLayoutError
+from spotspeed.state.capture import scalar_piece, slot_piece
 from spotspeed.state.fit import check_parameters, is_same_dtype, optimizer_kinds, overrides
 from spotspeed.state.flat import flat_slots
 from spotspeed.state.partition import Partition, Slot
@@ -195,3 +197,18 @@ def test_buffers_and_blobs_are_no_optimizer_state() -> None:
     keys = [("fp32", "a", ""), ("step", "a", ""), ("buffer", "b", "rank-0"), ("blob", "job", "")]
     stored = {TensorKey(*key): _stored("uint8", 1) for key in keys}
     assert optimizer_kinds(stored) == {"a": frozenset({"step"})}
+
+
+def test_the_same_place_is_the_same_object_whatever_memory_holds_it() -> None:
+    slot = Slot("layer.weight", (10,), Interval(2, 6), 0)
+    made = []
+    for value in (1.0, 2.0):
+        master = torch.full((4,), value)
+        partition = Partition(master, (slot,), ("layer.weight",), {}, 1, 2)
+        step = scalar_piece(partition, "layer.weight", "step", torch.tensor([value]))
+        pieces = [slot_piece(partition, slot, "fp32", master), step]
+        assert all(torch.equal(piece.tensor, master[: len(piece.tensor)]) for piece in pieces)
+        made.append([piece.holding for piece in pieces])
+    assert all(first is second for first, second in zip(*made, strict=True))
+    other = slot_piece(partition, replace(slot, interval=Interval(3, 7)), "fp32", master)
+    assert other.holding.fragment.interval == Interval(3, 7)
