@@ -23,6 +23,7 @@ from spotspeed.errors import (
     LeavingError,
     OwnedError,
     ReshardError,
+    SpotSpeedError,
 )
 from spotspeed.supervised import tell
 
@@ -243,4 +244,11 @@ def _code_of(error: BaseException | None) -> int | None:
     first: BaseException = error
     while first.__context__ is not None:
         first = first.__context__
-    return EXIT_NOT_DURABLE if isinstance(first, LOSS_ERRORS) else None
+    is_ours = isinstance(first, (SpotSpeedError, *LOSS_ERRORS)) or _is_from_here(first)
+    return EXIT_NOT_DURABLE if is_ours else None
+
+
+def _is_from_here(error: BaseException) -> bool:
+    """Whether code of this package itself has raised `error`."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(files) and files[-1].startswith(os.path.dirname(os.path.abspath(__file__)) + os.sep)

@@ -73,7 +73,7 @@ def test_the_end_of_a_module_that_is_run_is_told_as_well(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("first", "code"), [("KeyError()", 1), ("RuntimeError()", 76), ("errors.LeavingError()", 76)]
+    ("first", "code"), [("KeyError()", 1), ("RuntimeError()", 76), ("errors.StorageError()", 76)]
 )
 def test_an_error_of_the_script_is_not_hidden_by_ours_that_it_leads_to(
     tmp_path: Path, first: str, code: int
