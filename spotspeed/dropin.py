@@ -35,7 +35,7 @@ from spotspeed.checkpoint.marker import (
     read_marker,
     usable_name,
 )
-from spotspeed.checkpoint.named import NamedSave, encode_client_state
+from spotspeed.checkpoint.named import NOTHING, ClientState, NamedSave, encode_client_state
 from spotspeed.checkpoint.rotation import watch
 from spotspeed.checkpoint.same import keep_one
 from spotspeed.checkpoint.session import absolute
@@ -209,9 +209,9 @@ def load_marked(
     return restored
 
 
-def _agree(checkpointer: Checkpointer, request: Request) -> tuple[dict[str, Any], bytes]:
+def _agree(checkpointer: Checkpointer, request: Request) -> tuple[dict[str, Any], ClientState]:
     """The same request on every rank, rank 0's; and, on rank 0, the encoded client state."""
-    client_state, refusal = b"", None
+    client_state, refusal = NOTHING, None
     if checkpointer.rank == 0:
         try:
             client_state = encode_client_state(request.client_state)

@@ -9,11 +9,19 @@ import numpy as np
 
 from spotspeed.checkpoint.catalog import CheckpointInfo, find, list_sealed
 from spotspeed.checkpoint.reader import CheckpointReader
-from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, KIND_MASTER, KIND_WEIGHT, TensorKey
+from spotspeed.core.layout import (
+    KIND_BLOB,
+    KIND_BUFFER,
+    KIND_CLIENT,
+    KIND_MASTER,
+    KIND_WEIGHT,
+    TensorKey,
+)
 from spotspeed.core.manifest import Manifest
 from spotspeed.errors import InvalidLayoutError
 from spotspeed.storage import open_storage
 
+_NOT_THE_MODEL = (KIND_BLOB, KIND_CLIENT)
 _KIND_ORDER = (KIND_MASTER, KIND_WEIGHT, KIND_BUFFER)
 
 
@@ -52,7 +60,7 @@ class OpenedCheckpoint:
     def parameters(self) -> list[str]:
         """Names of all parameters, sorted; frozen ones included, buffers not."""
         return sorted({key.name for key in self._reader.tensors()
-                       if key.kind not in (KIND_BLOB, KIND_BUFFER)})  # fmt: skip
+                       if key.kind not in (KIND_BUFFER, *_NOT_THE_MODEL)})  # fmt: skip
 
     def kinds(self, name: str) -> list[str]:
         """What is stored of `name`: "fp32" and "weight" first, then the optimizer's states."""
@@ -87,7 +95,7 @@ class OpenedCheckpoint:
         return self._reader.read_tensor(self._find(name, kind, scope), start, stop)
 
     def _keys(self) -> list[TensorKey]:
-        return [key for key in self._reader.tensors() if key.kind != KIND_BLOB]
+        return [key for key in self._reader.tensors() if key.kind not in _NOT_THE_MODEL]
 
     def _find(self, name: str, kind: str, scope: str | None) -> TensorKey:
         kinds = self.kinds(name)

@@ -158,6 +158,16 @@ class CheckpointReader:
         array = to_numpy(data, tensor.dtype)
         return array.reshape(tensor.shape) if (start, last) == (0, total) else array
 
+    def read_bytes(self, key: TensorKey) -> bytearray:
+        """All elements of one tensor as they are stored, in row-major order.
+
+        Raises InvalidLayoutError for an unknown tensor.
+        """
+        tensor = self.tensors().get(key)
+        if tensor is None:
+            raise InvalidLayoutError(f"{key} is not in checkpoint {self._manifest.ticket.tag}")
+        return self._read(key, tensor, Interval(0, math.prod(tensor.shape)))
+
     def blob(self, key: TensorKey) -> memoryview:
         """The bytes of a one-dimensional uint8 tensor, such as the "job" blob: plain data."""
         tensor = self.tensors().get(key)

@@ -12,14 +12,16 @@ from spotspeed import events
 from spotspeed.checkpoint.agreement import Exchange, Verdict, all_or_none, raise_first, share, vote
 from spotspeed.checkpoint.catalog import CheckpointInfo, find, scan_mended
 from spotspeed.checkpoint.fill import fill
+from spotspeed.checkpoint.named import CLIENT_STATE, decode_client_state
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.save import JOB_KEY, rank_key
 from spotspeed.checkpoint.sharing import Shared, fill_shared
 from spotspeed.core import plain
 from spotspeed.core.frozen import ObjectRecord
-from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, StoredTensor, TensorKey
+from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, KIND_CLIENT, StoredTensor, TensorKey
 from spotspeed.errors import (
     CorruptionError,
+    FormatError,
     InvalidLayoutError,
     SpotSpeedError,
     UnsupportedLayoutError,
@@ -196,7 +198,11 @@ def _open(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Opened:
         storage, offer["directory"], digest=offer["digest"], near=seat.near
     )
     stored = reader.tensors()
-    job = from_plain(plain.decode(reader.blob(JOB_KEY), source=f"{offer['directory']}: job"))
+    stored_job = plain.decode(reader.blob(JOB_KEY), source=f"{offer['directory']}: job")
+    if not isinstance(stored_job, dict):
+        raise FormatError(f"{offer['directory']}: the job's state is no dict")
+    client_state = decode_client_state(stored_job.pop(CLIENT_STATE, None), reader)
+    job = {**from_plain(stored_job), CLIENT_STATE: client_state}
     old_rank = seat.provider.source_rank(job.get("model", {}), int(offer["world_size"]))
     rank_state = from_plain(
         plain.decode(reader.blob(rank_key(old_rank)), source=f"{offer['directory']}: rank")
@@ -215,9 +221,8 @@ def _read(seat: Seat, offer: dict[str, Any], opened: _Opened, shared: Shared) ->
 
 def _targets(seat: Seat, stored: Mapping[TensorKey, StoredTensor], old_rank: int) -> list[Piece]:
     """What this rank has to fill; from here on the live state is not what it was."""
-    tensors = {
-        key: value for key, value in stored.items() if key.kind not in (KIND_BLOB, KIND_BUFFER)
-    }
+    others = (KIND_BLOB, KIND_BUFFER, KIND_CLIENT)
+    tensors = {key: value for key, value in stored.items() if key.kind not in others}
     try:
         pieces = seat.provider.prepare_restore(tensors, seat.wanted)
     except InvalidLayoutError:
@@ -290,5 +295,5 @@ def _finish(seat: Seat, offer: dict[str, Any], read: _Read, began: float) -> Res
                                seat.world_size, read.size_bytes, elapsed_s,
                                read.near_bytes))  # fmt: skip
     return Restored(offer["tag"], offer["step"], offer["directory"], offer["digest"],
-                    offer["world_size"], read.job.get("client_state", {}),
+                    offer["world_size"], read.job[CLIENT_STATE],
                     read.job.get("cursor"), read.objects)  # fmt: skip

@@ -90,12 +90,13 @@ def _begin_save(
     blobs = {rank_key(rank): _encode(own, what="rank state")}
     if rank == 0:
         job = {**small.job(record), **written_by, "model": provider.describe(),
-               **seen.named.extra()}  # fmt: skip
+               **seen.named.client_state.job()}  # fmt: skip
         blobs[JOB_KEY] = _encode(job, what="job state")
     held = [(share.fragment, share.tensor) for share in (piece.share for piece in pieces)
             if share.fragment.interval.count]  # fmt: skip
     frozen = [item for item in held if _is_frozen(item[0].key)]
     shares = [item for item in held if not _is_frozen(item[0].key)]
+    shares += seen.named.client_state.tensors if rank == 0 else ()
     terms = Terms(rank, orders, seen.window, record.ready)
     return stager.stage(ticket, shares, blobs, frozen=frozen, terms=terms)
 

@@ -23,6 +23,8 @@ KIND_WEIGHT = "weight"
 """A weight that no master derives: frozen parameters, and low-precision copies that differ."""
 KIND_BLOB = "blob"
 """Plain data of the job or of one rank, encoded: a 1-D uint8 tensor that is no parameter's."""
+KIND_CLIENT = "client"
+"""A large tensor of what the caller saved with the state; its name is a number."""
 KIND_BUFFER = "buffer"
 """A module buffer; scope "rank-N" says whose."""
 

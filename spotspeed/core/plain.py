@@ -88,7 +88,8 @@ def encode(value: Any, *, what: str) -> bytes:
         raise CaptureError(f"{what}: nested too deeply for this call stack") from None
     if len(data) > MAX_BYTES:
         raise CaptureError(f"{what}: {len(data)} bytes, at most {MAX_BYTES} are stored as plain "
-                           f"data; register large state as tensors")  # fmt: skip
+                           f"data; of a client state, tensors and arrays of 1 MiB and more do not "
+                           f"count: keep what is large in such")  # fmt: skip
     return data
 
 

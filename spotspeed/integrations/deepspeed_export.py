@@ -12,9 +12,17 @@ from typing import Any
 import torch
 
 from spotspeed.checkpoint.model import Model, Weight, read_model
+from spotspeed.checkpoint.named import CLIENT_STATE, decode_client_state
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.core.interval import Interval
-from spotspeed.core.layout import KIND_BLOB, KIND_BUFFER, KIND_MASTER, KIND_WEIGHT, Fragment
+from spotspeed.core.layout import (
+    KIND_BLOB,
+    KIND_BUFFER,
+    KIND_CLIENT,
+    KIND_MASTER,
+    KIND_WEIGHT,
+    Fragment,
+)
 from spotspeed.core.layout import TensorKey as Key
 from spotspeed.errors import ConfigError, InvalidLayoutError, UnsupportedLayoutError
 from spotspeed.integrations.deepspeed_files import model_file, optimizer_file, write_file
@@ -102,7 +110,7 @@ class _Source:
     kinds: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        others = (KIND_MASTER, KIND_WEIGHT, KIND_BUFFER, KIND_BLOB)
+        others = (KIND_MASTER, KIND_WEIGHT, KIND_BUFFER, KIND_BLOB, KIND_CLIENT)
         for key in sorted(self.reader.tensors()):
             if key.kind not in others:
                 self.kinds.setdefault(key.name, []).append(key.kind)
@@ -240,7 +248,7 @@ def _model_state(
     fragments = shards
     if source.target.stage == 2:
         fragments = OrderedDict((weight.name, module[weight.name]) for weight in source.frozen)
-    client = from_plain(job.get("client_state") or {})
+    client = decode_client_state(job.get(CLIENT_STATE), source.reader)
     return {
         **client,
         "module": module,

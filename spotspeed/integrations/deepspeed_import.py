@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from spotspeed.checkpoint.named import CLIENT_STATE
 from spotspeed.checkpoint.save import JOB_KEY, rank_key
 from spotspeed.checkpoint.whole import Held, blob, write_whole
 from spotspeed.core import plain
@@ -29,6 +30,7 @@ from spotspeed.integrations.deepspeed_layout import (
 from spotspeed.state import groups
 from spotspeed.state.piece import dtype_name
 from spotspeed.state.plain_tensors import to_plain
+from spotspeed.state.set_aside import set_aside
 from spotspeed.state.weights import element_scope
 from spotspeed.storage.contract import Storage
 
@@ -69,7 +71,10 @@ def import_deepspeed(
     state = _State(directory, scheduler)
     try:
         tensors = [*state.tensors()]
-        job = plain.encode(to_plain(state.job()), what="job state")
+        stored = state.job()
+        stored[CLIENT_STATE], large = set_aside(stored[CLIENT_STATE])
+        tensors += [_held(fragment.key, flat, fragment.shape) for fragment, flat in large]
+        job = plain.encode(to_plain(stored), what="job state")
         rank = plain.encode(
             {"version": _VERSION, "step": state.step, "rank": -1, "world_size": 1, "rng": {}},
             what="rank state",
@@ -200,7 +205,7 @@ class _State:
             },
             "schedule": self._schedule(), "groups": self._groups(), "scaler": self._scaler(),
             "cursor": None, "model": self._model(),
-            "client_state": {key: value for key, value in first.items() if key not in _OWN_KEYS},
+            CLIENT_STATE: {key: value for key, value in first.items() if key not in _OWN_KEYS},
         }  # fmt: skip
 
     def _schedule(self) -> dict[str, Any]:

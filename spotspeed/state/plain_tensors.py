@@ -22,6 +22,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 """Torch's dtype for every dtype name of the format that this torch has."""
 
+PARAMETER = "torch.nn.Parameter"
+"""Tag of a parameter: whether it requires a gradient, and its tensor."""
 _CONTAINERS = frozenset({list, tuple, dict, set, frozenset, OrderedDict, Counter})
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -42,6 +44,20 @@ def from_plain(value: Any) -> Any:
     Raises FormatError for a tag or dtype that this version does not know.
     """
     return _convert(value, _UP, frozenset())
+
+
+def is_storable(value: torch.Tensor) -> bool:
+    """Whether a tensor has plain bytes of a dtype that the format knows."""
+    return not _refusal(value)
+
+
+def replace_leaves(value: Any, leaf: Callable[[Any], Any], *, is_plain: bool) -> Any:
+    """`value` with each object that is no container of plain data replaced by `leaf` of it.
+
+    Unless `value` `is_plain` already, the objects in it are taken apart, as `to_plain` does.
+    """
+    way = _Way(_as_it_is if is_plain else take_apart, Tagged, leaf)
+    return _convert(value, way, frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +89,10 @@ def _convert(original: Any, way: _Way, open_ids: frozenset[int]) -> Any:
     return kind([_convert(item, way, inside) for item in value])
 
 
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
 def _lower(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return _lower_tensor(value)
@@ -90,7 +110,7 @@ def _lower_tensor(value: torch.Tensor) -> Any:
         data = _lower_tensor(value.data)
         if isinstance(data, Refused):
             return data
-        return Tagged("torch.nn.Parameter", (value.requires_grad, data))
+        return Tagged(PARAMETER, (value.requires_grad, data))
     refusal = _refusal(value)
     if refusal:
         return Refused(refusal)
@@ -142,9 +162,10 @@ def _tensor(value: ArrayData) -> torch.Tensor:
 
 def _parameter(value: Any) -> torch.nn.Parameter:
     requires_grad, data = value
-    if not isinstance(data, ArrayData) or not isinstance(requires_grad, bool):
+    if not isinstance(data, ArrayData | torch.Tensor) or not isinstance(requires_grad, bool):
         raise ValueError("needs requires_grad and a tensor")
-    return torch.nn.Parameter(_tensor(data), requires_grad=requires_grad)
+    tensor = _tensor(data) if isinstance(data, ArrayData) else data
+    return torch.nn.Parameter(tensor, requires_grad=requires_grad)
 
 
 def _dtype(value: Any) -> torch.dtype:
@@ -167,8 +188,8 @@ def _device(value: Any) -> torch.device:
 
 
 _TAGS: dict[str, Callable[[Any], Any]] = {
-    "torch.nn.Parameter": _parameter, "torch.Size": _size, "torch.dtype": _dtype,
+    PARAMETER: _parameter, "torch.Size": _size, "torch.dtype": _dtype,
     "torch.device": _device,
 }  # fmt: skip
 _DOWN = _Way(take_apart, Tagged, _lower)
-_UP = _Way(lambda value: value, put_together, _raise_up)
+_UP = _Way(_as_it_is, put_together, _raise_up)

@@ -206,12 +206,18 @@ def check_with_a_block_another_path_gets_markers() -> None:
     train(engine, 1)
     info = spotspeed.save(engine, client_state={"k": 1})
     assert info.tag == "step-1"
-    handle = spotspeed.async_save(engine, FOLDER / "marked", client_state={"k": 2})
+    large = torch.arange(400_000.0)
+    given = {"k": 2, "large": large, "array": large.numpy().copy()}
+    handle = spotspeed.async_save(engine, FOLDER / "marked", client_state=given)
+    given["array"][:] = large.zero_()
     after = train(engine, 1)
     handle.wait(60)
-    assert spotspeed.load(engine, FOLDER / "marked").client_state == {"k": 2}
+    found = spotspeed.load(engine, FOLDER / "marked").client_state
+    assert torch.equal(found.pop("large"), torch.arange(400_000.0))
+    assert np.array_equal(found.pop("array"), np.arange(400_000, dtype=np.float32))
+    assert found == {"k": 2}
     assert (FOLDER / "marked" / "latest").read_text() == "global_step1"
-    assert engine.load_checkpoint(FOLDER / "marked")[1] == {"k": 2}
+    assert engine.load_checkpoint(FOLDER / "marked")[1]["k"] == 2
     assert spotspeed.load(engine, tag="step-1").client_state == {"k": 1}
     assert train(engine, 1) == after
     raises(ObjectNotFoundError, lambda: spotspeed.load(engine, FOLDER / "unmarked"))

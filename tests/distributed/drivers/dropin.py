@@ -30,13 +30,15 @@ def check_another_engine_loads_at_once_and_goes_on_alike() -> None:
         folder = FOLDER / f"stage{stage}"
         engine = make(stage, FOLDER / "one")
         train(engine, 3)
-        state = {"epoch": 3, "t": torch.arange(3), "pair": (1, {2: "b"})}
+        state = {"epoch": 3, "t": torch.arange(3), "pair": (1, {2: "b"}),
+                 "ema": torch.arange(400_000.0)}  # fmt: skip
         assert engine.save_checkpoint(folder, client_state=state) is True
         after = train(engine, 3)
         other = make(stage, FOLDER / "one", seed=2)
         path, client_state = other.load_checkpoint(str(folder))
         assert path.startswith(str(folder / "global_step3"))
         assert client_state["pair"] == (1, {2: "b"}) and client_state["t"].tolist() == [0, 1, 2]
+        assert torch.equal(client_state["ema"], state["ema"])
         assert (other.global_steps, other.global_samples) == (3, 18)
         assert train(other, 3) == after
         assert other.lr_scheduler.get_last_lr() == engine.lr_scheduler.get_last_lr()
