@@ -126,8 +126,8 @@ def contenders() -> list[Contender]:
     """Every way to store a chunk, ours first."""
     found = []
     for name, policy in (
-        ("sampled (remote default)", CodecPolicy.choose(None, is_local=False)),
-        ('compression: "zstd"', CodecPolicy.choose("zstd", is_local=True)),
+        ("sampled (remote default)", CodecPolicy.choose(None, is_worth=True)),
+        ('compression: "zstd"', CodecPolicy.choose("zstd", is_worth=False)),
     ):
         found.append(Contender(name, ours(policy), our_decode, lambda frame: len(frame.payload)))
     for level in (1, 3):

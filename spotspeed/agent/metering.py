@@ -23,11 +23,22 @@ class Meter:
     """
 
     def __init__(self, encoders: int, *, is_side_by_side: bool) -> None:
-        self._encoders, self._is_side_by_side = encoders, is_side_by_side
+        self.encoders, self._is_side_by_side = encoders, is_side_by_side
         self._encoding_s = self._writing_s = 0.0
         self._first_s: float | None = None
         self._last_s = 0.0
         self._lock = threading.Lock()
+
+    @property
+    def encoding_s(self) -> float:
+        """What encoding has taken, all threads together."""
+        with self._lock:
+            return self._encoding_s
+
+    @property
+    def writing_s(self) -> float:
+        """How long the writer has waited for its store."""
+        return self._writing_s
 
     def encoding(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`call`, timed as encoding."""
@@ -55,5 +66,5 @@ class Meter:
             write_s = self._last_s - self._first_s
         shard = receipt.shard
         with self._lock:
-            encode_s = self._encoding_s / self._encoders
+            encode_s = self._encoding_s / self.encoders
         return Cost(save, is_near, shard.raw_bytes, shard.size_bytes, encode_s, write_s)

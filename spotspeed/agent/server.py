@@ -13,6 +13,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 from spotspeed.agent.arena import SlotArena, create_arena
+from spotspeed.agent.choosing import Chooser
 from spotspeed.agent.incoming import SaveProgress, State
 from spotspeed.agent.node_tier import NodeTier
 from spotspeed.agent.process import lower_priority
@@ -57,6 +58,7 @@ class Server:
         self.encoders = ThreadPoolExecutor(
             encoder_threads(), thread_name_prefix="encoder", initializer=lower_priority
         )
+        self.chooser = Chooser(url, encoder_threads())
         self.urgent_encoders = ThreadPoolExecutor(encoder_threads(), thread_name_prefix="urgent")
         self._listener = listener
         self._sessions: set[Session] = set()

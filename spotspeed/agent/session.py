@@ -15,6 +15,7 @@ from functools import partial
 from typing import Protocol
 
 from spotspeed.agent.arena import SlotArena
+from spotspeed.agent.choosing import Chooser
 from spotspeed.agent.draining import is_final
 from spotspeed.agent.incoming import IncomingSave, SaveProgress, StoppedError
 from spotspeed.agent.ledger import SlotLedger
@@ -68,6 +69,9 @@ class House(Protocol):
 
     @property
     def sealer(self) -> Sealer: ...
+
+    @property
+    def chooser(self) -> Chooser: ...
 
     @property
     def encoders(self) -> ThreadPoolExecutor: ...
@@ -245,7 +249,7 @@ class Session:
             assert self.arena is not None
             workshop = Workshop(
                 house.storage, self.arena, self._ledger, encoders,
-                lambda: not self.is_connected, self._tier, self._bypassed,
+                lambda: not self.is_connected, house.chooser, self._tier, self._bypassed,
             )  # fmt: skip
             try:
                 part = store(save, workshop)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from spotspeed.agent.arena import SlotArena
+from spotspeed.agent.choosing import Chooser, Waits
 from spotspeed.agent.incoming import IncomingSave, StoppedError
 from spotspeed.agent.ledger import SlotLedger
 from spotspeed.agent.metering import Meter
@@ -20,6 +21,7 @@ from spotspeed.agent.node_tier import NodeSink, NodeTier
 from spotspeed.checkpoint.shard import EncodedChunk, ShardWriter
 from spotspeed.checkpoint.tiers import NodePart
 from spotspeed.codec import CodecPolicy
+from spotspeed.core.chunks import StreamLayout
 from spotspeed.core.frozen import ObjectRecord, object_path
 from spotspeed.core.manifest import Receipt
 from spotspeed.errors import CorruptionError, ObjectNotFoundError, SpotSpeedError, StorageError
@@ -31,8 +33,6 @@ RETRY_S = 5.0
 """How long a failing store is tried again while the rank lives and its chunks are in memory."""
 ORPHAN_RETRY_S = 60.0
 """The same when the rank is gone: nobody else can save this state any more."""
-ENCODE_BYTES_PER_S = 0.5e9
-"""About what one core compresses (benchmarks/codec.py); a store that takes more gets raw chunks."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 T = TypeVar("T")
@@ -52,6 +52,7 @@ class Workshop:
     ledger: SlotLedger
     encoders: ThreadPoolExecutor
     is_orphaned: Callable[[], bool]
+    chooser: Chooser
     tier: NodeTier | None = None
     on_bypass: Callable[[IncomingSave, str], None] = lambda save, cause: None
 
@@ -168,15 +169,21 @@ def _store_once(save: IncomingSave, workshop: Workshop, node: NodeSink | None) -
     if node is None:
         _check_referred(save, workshop.storage)
     sink = workshop.storage if node is None else node
-    with ShardWriter(sink, save.ticket, save.rank, save.parts[-1], policy) as writer:
+    with (
+        ShardWriter(sink, save.ticket, save.rank, save.parts[-1], policy) as writer,
+        workshop.chooser.writing() as waits,
+    ):
         writing = _Writing(writer, node, save, workshop)
         first = len(save.layout.chunks) - len(save.parts[-1].chunks)
-        for raw_stop in _put_chunks(save, workshop, writer, writing, first):
+        for raw_stop in _put_chunks(save, workshop, writing, (writer.layout, first), waits):
             if writing.node is None:
                 save.progress.written_bytes = raw_stop
         save.wait_end()
         save.is_promised = True
         receipt = writing.finish()
+        if node is None:
+            is_encoded = policy.mode != "raw"
+            workshop.chooser.saw(waits, writing.meter, receipt.shard, is_encoded=is_encoded)
     if writing.node is node:
         save.cost = writing.meter.cost(save.number, receipt, is_near=node is not None)
     if writing.node is None:
@@ -199,7 +206,7 @@ def _store_objects(
         with ShardWriter(
             workshop.storage, save.ticket, save.rank, layout, policy, content=item.content
         ) as writer:
-            for raw_stop in _put_chunks(save, workshop, writer, writer, first):
+            for raw_stop in _put_chunks(save, workshop, writer, (layout, first), Waits()):
                 save.progress.written_bytes = raw_stop
             yield writer.finish_object()
         first += len(layout.chunks)
@@ -239,21 +246,25 @@ class Press(Protocol):
 def _put_chunks(
     save: IncomingSave,
     workshop: Workshop,
-    writer: ShardWriter,
     press: Press,
-    first: int,
+    file: tuple[StreamLayout, int],
+    waits: Waits,
 ) -> Iterator[int]:
-    """Encode and put a file's chunks, whose first is number `first` of the save's.
+    """Encode and put a file's chunks: its layout, and the number of its first in the save.
 
     Yields, after each, how far the save's raw stream is written.
     """
     ahead: deque[tuple[int, Future[EncodedChunk]]] = deque()
+    layout, first = file
     try:
-        stop = first + len(writer.layout.chunks)
+        stop = first + len(layout.chunks)
         for index in range(first, stop):
-            _encode_ahead(save, workshop, press.encode, ahead, (first, index, stop))
+            with waits.for_chunks():
+                _encode_ahead(save, workshop, press.encode, ahead, (first, index, stop))
             slot, encoding = ahead.popleft()
-            press.put(encoding.result())
+            with waits.for_encoders():
+                chunk = encoding.result()
+            press.put(chunk)
             workshop.ledger.written(slot)
             yield save.layout.chunks[index].raw_stop
     finally:
@@ -284,14 +295,11 @@ def _encode_ahead(
 
 def _policy(save: IncomingSave, workshop: Workshop) -> CodecPolicy:
     """Chunks are encoded once, for the store: that is where they go in the end."""
-    is_local = "://" not in workshop.storage.url
-    speed = None if workshop.tier is None else workshop.tier.bytes_per_s
-    if speed is not None:
-        is_local = speed > encoder_threads() * ENCODE_BYTES_PER_S
     match save.compression:
         case "zstd":
-            return CodecPolicy.choose("zstd", is_local=is_local)
+            return CodecPolicy.choose("zstd", is_worth=True)
         case "none":
-            return CodecPolicy.choose("none", is_local=is_local)
+            return CodecPolicy.choose("none", is_worth=False)
         case _:
-            return CodecPolicy.choose(None, is_local=is_local)
+            speed = None if workshop.tier is None else workshop.tier.bytes_per_s
+            return CodecPolicy.choose(None, is_worth=workshop.chooser.is_encoded(speed))

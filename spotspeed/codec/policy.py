@@ -19,15 +19,15 @@ class CodecPolicy:
     min_gain: float = 0.0
 
     @staticmethod
-    def choose(compression: Literal["zstd", "none"] | None, *, is_local: bool) -> CodecPolicy:
-        """The policy for the config's `compression` and a store that is a local disk or not.
+    def choose(compression: Literal["zstd", "none"] | None, *, is_worth: bool) -> CodecPolicy:
+        """The policy for the config's `compression`; with null it is for the store to say.
 
-        A local disk takes bytes faster than one core compresses them (null is raw there); a remote
-        store does not, and bills the bytes (null samples).
+        `is_worth`: it takes bytes more slowly than they are compressed (core/compression.py). Then
+        each chunk is sampled.
         """
         if compression == "zstd":
             return CodecPolicy("zstd", min_gain=0.01)
-        if compression is None and not is_local:
+        if compression is None and is_worth:
             return CodecPolicy("sampled", min_gain=0.08)
         return CodecPolicy("raw")
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from spotspeed.agent.arena import SlotArena
+from spotspeed.agent.choosing import Chooser
 from spotspeed.agent.incoming import IncomingSave, SaveProgress
 from spotspeed.agent.ledger import SlotLedger
 from spotspeed.agent.node_tier import NodeTier
@@ -61,17 +62,18 @@ class Node:
         self.bypassed: list[str] = []
         self.outcomes: queue.SimpleQueue[SpotSpeedError | None] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(2)
+        self.chooser = Chooser(storage.url, 2)
 
     def store(
         self, ticket: Ticket, *, chunks: int = CHUNKS, slots: int = CHUNKS, rank: int = 0,
-        is_direct: bool = False,
+        is_direct: bool = False, compression: str = "none",
     ) -> tuple[IncomingSave, NodePart | None]:  # fmt: skip
         """Store a save of `chunks` chunks through a pool of `slots`."""
         size = chunks * CHUNK
         fragment = Fragment(TensorKey("fp32", "w", f"rank-{rank}"), "uint8", (size,),
                             Interval(0, size))  # fmt: skip
         layout = pack([fragment], chunk_bytes=CHUNK)
-        begin = Begin(1, ticket, rank, CHUNK, chunks, size, "none", (fragment,),
+        begin = Begin(1, ticket, rank, CHUNK, chunks, size, compression, (fragment,),
                       is_direct=is_direct)  # fmt: skip
         save, arena = IncomingSave(begin, layout), SlotArena(slots * CHUNK, CHUNK)
         free: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -94,8 +96,8 @@ class Node:
         stager = threading.Thread(target=stage)
         stager.start()
         workshop = Workshop(
-            self.house.storage, arena, ledger, self._encoders, lambda: False, self.tier,
-            lambda save, cause: self.bypassed.append(cause),
+            self.house.storage, arena, ledger, self._encoders, lambda: False, self.chooser,
+            self.tier, lambda save, cause: self.bypassed.append(cause),
         )  # fmt: skip
         try:
             part = store(save, workshop)

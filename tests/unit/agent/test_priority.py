@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from spotspeed.agent.arena import create_arena
+from spotspeed.agent.choosing import Chooser
 from spotspeed.agent.process import NICE, lower_priority
 from spotspeed.agent.sealing import Sealer
 from spotspeed.agent.session import Session
@@ -47,6 +48,7 @@ class House:
         self.storage, self.sealer = storage, Sealer(storage)
         self.encoders = ThreadPoolExecutor(1, initializer=lower_priority)
         self.urgent_encoders = ThreadPoolExecutor(1)
+        self.chooser = Chooser("", 1)
 
     def began(self, save: object) -> None:
         """Nobody waits for it here."""

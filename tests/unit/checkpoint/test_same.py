@@ -35,7 +35,7 @@ def save(storage: LocalStorage) -> Callable[..., Manifest]:
     def write(tensors: Any = TENSORS, *, prefix: str = PREFIX, **changes: Any) -> Manifest:
         nonlocal count
         count += 1
-        policy = changes.pop("policy", CodecPolicy.choose("none", is_local=True))
+        policy = changes.pop("policy", CodecPolicy.choose("none", is_worth=False))
         changes = {"tag": "mine", "reason": "explicit", "created_unix_s": count, **changes}
         ticket = make_ticket(2, attempt=f"{prefix}{count}", **changes)
         path = Path(storage.url)
@@ -51,7 +51,7 @@ def directories(storage: LocalStorage) -> list[str]:
 def test_of_the_same_content_the_newest_stays(
     storage: LocalStorage, save: Callable[..., Manifest]
 ) -> None:
-    first, second = save(), save(policy=CodecPolicy.choose("zstd", is_local=False))
+    first, second = save(), save(policy=CodecPolicy.choose("zstd", is_worth=True))
     assert keep_one(storage, second, PREFIX) == second
     assert directories(storage) == [second.ticket.directory]
     assert storage.list(first.ticket.directory) == []

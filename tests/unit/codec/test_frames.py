@@ -70,10 +70,10 @@ def test_text_and_zeros_are_plain_zstd():
 
 
 def test_the_policy_follows_the_config_and_the_sink():
-    assert CodecPolicy.choose("none", is_local=False).mode == "raw"
-    assert CodecPolicy.choose("zstd", is_local=True).mode == "zstd"
-    assert CodecPolicy.choose(None, is_local=True).mode == "raw"
-    assert CodecPolicy.choose(None, is_local=False).mode == "sampled"
+    assert CodecPolicy.choose("none", is_worth=True).mode == "raw"
+    assert CodecPolicy.choose("zstd", is_worth=False).mode == "zstd"
+    assert CodecPolicy.choose(None, is_worth=False).mode == "raw"
+    assert CodecPolicy.choose(None, is_worth=True).mode == "sampled"
 
 
 def test_threads_encode_at_once():
