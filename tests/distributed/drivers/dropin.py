@@ -341,7 +341,7 @@ def check_a_loader_that_finds_nothing_begins_no_branch() -> None:
     for tag in ("best", "global_step9"):
         raises(Exception, lambda tag=tag: engine.load_checkpoint(FOLDER / "nothing-out", tag=tag))
     epochs = sorted(file.name for file in (FOLDER / "nothing" / "epochs").iterdir())
-    assert epochs == ["000001.json", "000001.restored.json"], epochs
+    assert {name[:6] for name in epochs} == {"000001"}, epochs
     train(engine, 1)
     spotspeed.save(engine, tag="later")
     listed = [info.tag for info in spotspeed.list_checkpoints(str(FOLDER / "nothing"))]
