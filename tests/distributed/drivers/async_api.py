@@ -32,7 +32,7 @@ from spotspeed.errors import (
     SpotSpeedError,
     StorageError,
 )
-from spotspeed.staging.sources import CopyPlan
+from spotspeed.staging.copy_plan import CopyPlan
 from spotspeed.storage.local import LocalStorage
 
 FOLDER = Path(sys.argv[1])
