@@ -21,7 +21,7 @@ from typing import Any
 from spotspeed import dropin
 from spotspeed.attachment import attach
 from spotspeed.checkpoint.agreement import PATIENCE_S, share
-from spotspeed.checkpoint.catalog import CheckpointInfo, describe
+from spotspeed.checkpoint.catalog import CheckpointInfo, describe, scan
 from spotspeed.checkpoint.marker import Marker
 from spotspeed.checkpoint.queue import SaveHandle
 from spotspeed.checkpoint.restore import Restored
@@ -33,6 +33,7 @@ from spotspeed.dropin import Request
 from spotspeed.errors import ConfigError, FormatError, ObjectNotFoundError, SpotSpeedError
 from spotspeed.state import boundary
 from spotspeed.state.engine import Engine, block_of
+from spotspeed.storage import open_storage
 
 Path = str | os.PathLike[str]
 
@@ -86,9 +87,10 @@ def save(
 def load(engine: Engine, path: Path | None = None, tag: str | None = None) -> Restored:
     """Fill the engine from the newest checkpoint at `path`, or from the one tagged `tag`.
 
-    Any number of ranks and any ZeRO stage may have written it. May be called at any time between
-    two steps, also after training has begun; saves in flight are finished first. `client_state` of
-    what is returned is what the save was given.
+    Any number of ranks and any ZeRO stage may have written it. With a block, `path` is a directory
+    of markers or another run's catalogue (a warm start: what follows is saved at the block's own).
+    May be called at any time between two steps, also after training has begun; saves in flight are
+    finished first. `client_state` of what is returned is what the save was given.
 
     Raises ObjectNotFoundError when there is no such checkpoint, CorruptionError when none verifies,
     ReshardError when it is of another model; the same on every rank.
@@ -105,12 +107,23 @@ def load(engine: Engine, path: Path | None = None, tag: str | None = None) -> Re
         return restored
     checkpointer.settle()
     found = dropin.find(checkpointer, folder, tag)
+    if found["marker"] is None and _is_catalogue(checkpointer, folder):
+        restored = checkpointer.load(open_storage(folder), checkpointer.seat, tag)
+        if restored is not None:
+            return restored
     if found["marker"] is None:
         raise ObjectNotFoundError(
             f"{folder}: there is no checkpoint{'' if tag is None else f' {tag!r}'}; with a "
             f'"spotspeed" block the checkpoints themselves are at {checkpointer.storage.url}'
         )
     return dropin.load_marked(checkpointer, Marker(**found["marker"]), {})
+
+
+def _is_catalogue(checkpointer: Checkpointer, folder: str) -> bool:
+    """Whether checkpoints themselves are in `folder`; the same on all ranks."""
+    answer = share(checkpointer.exchange, "find-catalogue", checkpointer.rank,
+                   lambda: {"found": bool(scan(open_storage(folder)).sealed)})  # fmt: skip
+    return bool(answer["found"])
 
 
 def _begin(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spotspeed.errors import FormatError
+from spotspeed.state import gradients
 
 _NAMES = ("global_steps", "global_samples", "skipped_steps")
 
@@ -22,3 +23,4 @@ def apply(engine: Any, state: Mapping[str, Any]) -> None:
     for name in _NAMES:
         setattr(engine, name, state[name])
     engine.micro_steps = 0
+    gradients.forget(engine)

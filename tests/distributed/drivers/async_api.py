@@ -221,6 +221,15 @@ def check_with_a_block_another_path_gets_markers() -> None:
     assert spotspeed.load(engine, tag="step-1").client_state == {"k": 1}
     assert train(engine, 1) == after
     raises(ObjectNotFoundError, lambda: spotspeed.load(engine, FOLDER / "unmarked"))
+    other = make(1, FOLDER / "warm", seed=2)
+    raises(ObjectNotFoundError, lambda: spotspeed.load(other, FOLDER / "block", "nowhere"))
+    restored = spotspeed.load(other, FOLDER / "block", "step-1")
+    assert (restored.step, restored.client_state) == (1, {"k": 1})
+    assert train(other, 1) == after
+    spotspeed.save(other)
+    found = [info.tag for info in spotspeed.list_checkpoints(str(FOLDER / "warm"))]
+    assert found == ["step-2"], "and its own are its own"
+    other.destroy()
     engine.destroy()
 
 

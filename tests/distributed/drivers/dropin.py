@@ -349,6 +349,27 @@ def check_a_loader_that_finds_nothing_begins_no_branch() -> None:
     engine.destroy()
 
 
+def check_a_load_in_the_middle_of_an_accumulation_forgets_its_gradients() -> None:
+    bf16 = {"bf16": {"enabled": True}}
+    offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+                 "zero_force_ds_cpu_optimizer": False}  # fmt: skip
+    for number, (stage, changes) in enumerate(
+        ((0, {}), (0, bf16), (1, bf16), (2, {}), (3, {}), (2, offloaded))
+    ):
+        path = FOLDER / f"middle{number}"
+        engine = make(stage, path, **changes)
+        train(engine, 3)
+        engine.save_checkpoint(path / "out")
+        after = train(engine, 2)
+        for middle in (1, 2):
+            engine.load_checkpoint(path / "out")
+            for _ in range(middle):
+                micro_step(engine)
+            engine.load_checkpoint(path / "out")
+            assert train(engine, 2) == after, (number, middle)
+        engine.destroy()
+
+
 def check_engines_with_one_path_do_not_mix() -> None:
     engines = [make(stage, FOLDER / "many", seed=stage) for stage in (0, 1)]
     losses = []
