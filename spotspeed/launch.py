@@ -11,7 +11,7 @@ from typing import Any
 from spotspeed import children
 from spotspeed.attachment import attach_next
 from spotspeed.coordinator.notice.workplace import path_hint
-from spotspeed.errors import UnsupportedLayoutError
+from spotspeed.errors import CaptureError, UnsupportedLayoutError
 from spotspeed.integrations import deepspeed_consolidate, deepspeed_universal, huggingface
 from spotspeed.state import boundary
 from spotspeed.state.engine import block_of
@@ -32,10 +32,16 @@ def install() -> None:
     has a place of its own: the second one made lives at `engine-2` below the path, and so on.
     Idempotent.
 
-    An engine whose layout spotspeed does not know is left to DeepSpeed's own save_checkpoint and
-    load_checkpoint, with a warning that says so. DeepSpeed's `zero_to_fp32` functions read what
-    spotspeed has saved, its `ds_to_universal` takes it as converted, and the processes that this
-    one starts through multiprocessing install the hooks as well.
+    An engine whose layout spotspeed does not know, or whose scheduler or buffers it cannot store,
+    is left to DeepSpeed's own save_checkpoint and load_checkpoint, with a warning that says so.
+    DeepSpeed's `zero_to_fp32` functions read what spotspeed has saved, its `ds_to_universal` takes
+    it as converted, and the processes that this one starts through multiprocessing install the
+    hooks as well.
+
+    One path is one job: an engine of another model than the checkpoints there are of is refused
+    (InvalidLayoutError), and so is one in another process while the first lives (OwnedError), as
+    nobody else can tell them from a job that was changed or started twice by mistake. Tests that
+    build many models need a path each.
     """
     boundary.install_hooks()
     boundary.on_new_engine(_attach_new)
@@ -51,7 +57,7 @@ def _attach_new(engine: Any) -> None:
         return
     try:
         checkpointer = attach_next(engine)
-    except UnsupportedLayoutError as error:
+    except (UnsupportedLayoutError, CaptureError) as error:
         return _leave_to_deepspeed(str(error))
     if not _is_built_by_framework():
         checkpointer.restore()

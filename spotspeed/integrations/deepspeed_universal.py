@@ -8,9 +8,10 @@ weights, buffers, hyper-parameters of each group, states of other optimizers tha
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
+import types
+from collections.abc import Callable
 from typing import Any
 
 from spotspeed.checkpoint.marker import LATEST_UNIVERSAL_FILE, read_marker, write_marker
@@ -18,30 +19,37 @@ from spotspeed.state.imports import after_import
 from spotspeed.storage import open_storage
 
 _MODULE = "deepspeed.checkpoint.ds_to_universal"
-_MARK = "_spotspeed_hook"
+_originals: list[Callable[[Any], Any]] = []
+"""DeepSpeed's own function."""
 _logger = logging.getLogger("spotspeed")
 
 
 def plug_in() -> None:
-    """Let `ds_to_universal.main` take both kinds of folders; again is harmless.
-
-    A script that has imported the function before keeps DeepSpeed's own.
-    """
+    """Let `ds_to_universal.main` take both kinds of folders; again is harmless."""
     after_import(_MODULE, _wrap)
 
 
 def _wrap(module: Any) -> None:
-    original = module.main
-    if getattr(original, _MARK, False):
+    """Change the function itself: scripts and tests have imported it by its name before."""
+    main = module.main
+    if _originals:
         return
+    _originals.append(types.FunctionType(main.__code__, main.__globals__, main.__name__))
+    main.__code__ = _main.__code__
 
-    @functools.wraps(original)
-    def main(args: Any) -> Any:
-        if not point(args.input_folder, args.output_folder):
-            return original(args)
 
-    setattr(main, _MARK, True)
-    module.main = main
+def _main(args: Any) -> Any:
+    """What DeepSpeed's `main` runs from now on, among the names of its own module."""
+    from spotspeed.integrations.deepspeed_universal import convert
+
+    return convert(args)
+
+
+def convert(args: Any) -> Any:
+    """`ds_to_universal.main`: a marker where there is one, else DeepSpeed's conversion."""
+    if not point(args.input_folder, args.output_folder):
+        return _originals[0](args)
+    return None
 
 
 def point(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:

@@ -9,6 +9,11 @@ from types import SimpleNamespace
 
 import deepspeed
 import torch
+from dropin_moments import (
+    check_a_load_in_the_middle_of_an_accumulation_forgets_its_gradients,
+    check_a_loader_that_finds_nothing_begins_no_branch,
+    check_what_is_still_being_saved_is_finished_before_it_is_looked_for,
+)
 from engines import RANK, WORLD_SIZE, main, make, micro_step, raises, train
 
 import spotspeed
@@ -23,6 +28,11 @@ from spotspeed.integrations import deepspeed_consolidate, deepspeed_universal
 from spotspeed.integrations.deepspeed_universal import point
 
 FOLDER = Path(sys.argv[1])
+__all__ = [
+    "check_a_load_in_the_middle_of_an_accumulation_forgets_its_gradients",
+    "check_a_loader_that_finds_nothing_begins_no_branch",
+    "check_what_is_still_being_saved_is_finished_before_it_is_looked_for",
+]
 
 
 def check_another_engine_loads_at_once_and_goes_on_alike() -> None:
@@ -247,9 +257,10 @@ def check_a_universal_engine_loads_what_was_saved_here() -> None:
 
 
 def check_what_ds_to_universal_is_asked_to_convert_loads_as_it_is() -> None:
-    deepspeed_universal.plug_in()
     from deepspeed.checkpoint.ds_to_universal import main as convert
 
+    deepspeed_universal.plug_in()  # Those who have the function already have it so, too.
+    deepspeed_universal.plug_in()
     engine, folder = make(3, FOLDER / "convert"), FOLDER / "convert-out"
     train(engine, 2)
     engine.save_checkpoint(folder, "mine")
@@ -318,56 +329,6 @@ def check_without_a_marker_deepspeed_loads_its_own() -> None:
     assert engine.load_checkpoint(FOLDER / "plain-out")[0].endswith(".json")
     plain.destroy()
     engine.destroy()
-
-
-def check_what_is_still_being_saved_is_finished_before_it_is_looked_for() -> None:
-    engine, folder = make(1, FOLDER / "flight"), FOLDER / "flight-out"
-    train(engine, 1)
-    spotspeed.async_save(engine, folder, client_state={"n": 1})
-    assert engine.load_checkpoint(folder)[1] == {"n": 1}
-    spotspeed.save(engine, folder, "x")
-    for step in (2, 3):
-        train(engine, 1)
-        spotspeed.async_save(engine, folder, "x")
-        assert spotspeed.load(engine, folder, "x").step == step, "and not what it replaces"
-    engine.destroy()
-
-
-def check_a_loader_that_finds_nothing_begins_no_branch() -> None:
-    engine = make(1, FOLDER / "nothing")
-    train(engine, 2)
-    spotspeed.save(engine, tag="mine")
-    (FOLDER / "nothing-out").mkdir(exist_ok=True)
-    for tag in ("best", "global_step9"):
-        raises(Exception, lambda tag=tag: engine.load_checkpoint(FOLDER / "nothing-out", tag=tag))
-    epochs = sorted(file.name for file in (FOLDER / "nothing" / "epochs").iterdir())
-    assert {name[:6] for name in epochs} == {"000001"}, epochs
-    train(engine, 1)
-    spotspeed.save(engine, tag="later")
-    listed = [info.tag for info in spotspeed.list_checkpoints(str(FOLDER / "nothing"))]
-    assert listed == ["later", "mine"], listed
-    engine.destroy()
-
-
-def check_a_load_in_the_middle_of_an_accumulation_forgets_its_gradients() -> None:
-    bf16 = {"bf16": {"enabled": True}}
-    offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-                 "zero_force_ds_cpu_optimizer": False}  # fmt: skip
-    for number, (stage, changes) in enumerate(
-        ((0, {}), (0, bf16), (1, bf16), (2, {}), (3, {}), (2, offloaded))
-    ):
-        path = FOLDER / f"middle{number}"
-        engine = make(stage, path, **changes)
-        train(engine, 3)
-        engine.save_checkpoint(path / "out")
-        after = train(engine, 2)
-        for middle in (1, 2):
-            engine.load_checkpoint(path / "out")
-            for _ in range(middle):
-                micro_step(engine)
-            engine.load_checkpoint(path / "out")
-            assert train(engine, 2) == after, (number, middle)
-        engine.destroy()
 
 
 def check_engines_with_one_path_do_not_mix() -> None:

@@ -28,7 +28,7 @@ class Net(torch.nn.Module):
         return y if self.extra is None else self.extra(y)
 
 
-def make(stage=0, path=None, *, attached=True, optimizer=None, seed=1, **changes):
+def make(stage=0, path=None, *, attached=True, optimizer=None, scheduler=None, seed=1, **changes):
     """A new engine; with `path` it has a block, and is attached unless told otherwise."""
     torch.manual_seed(seed)
     model = Net(extra=changes.pop("extra", False))
@@ -37,13 +37,15 @@ def make(stage=0, path=None, *, attached=True, optimizer=None, seed=1, **changes
         "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 20}}, **changes,
     }  # fmt: skip
+    if scheduler is not None:
+        del config["scheduler"]
     if optimizer is None:
         config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
     if path is not None:
         config["spotspeed"] = {"path": str(path), "interval": {"seconds": None}}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine = deepspeed.initialize(
-        model=model, model_parameters=trained, config=config,
+        model=model, model_parameters=trained, config=config, lr_scheduler=scheduler,
         optimizer=None if optimizer is None else optimizer(trained),
     )[0]  # fmt: skip
     if path is not None and attached:

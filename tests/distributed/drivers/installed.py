@@ -52,6 +52,10 @@ def script(steps):
     class Odd(torch.optim.SGD):
         pass
 
+    class Strange(torch.optim.lr_scheduler.ConstantLR):
+        def state_dict(self):
+            return {"of nobody's knowledge": object()}
+
     engines = [make(2, FOLDER / "path", attached=False, extra=bool(number)) for number in range(2)]
     began = [engine.global_steps for engine in engines]
     odd = make(0, FOLDER / "path", attached=False, optimizer=partial(Odd, lr=0.1))
@@ -59,6 +63,8 @@ def script(steps):
     odd.save_checkpoint(FOLDER / "odd")
     path, _ = odd.load_checkpoint(FOLDER / "odd")
     assert path.endswith(".pt"), path
+    strange = make(0, FOLDER / "path", attached=False, scheduler=Strange)
+    train(strange, 1)
     for number, engine in enumerate(engines):
         train(engine, steps + number)
     return began
@@ -82,7 +88,8 @@ def run(steps, expected):
     began = script(steps)
     assert began == expected, began
     said = [text for text in warnings.texts if "not protected by spotspeed" in text]
-    assert len(said) == 1 and "Odd" in said[0], warnings.texts
+    assert len(said) == 2 and "Odd" in said[0], warnings.texts
+    assert "of nobody's knowledge" in said[1], said
     # Scripts end so; what is newer than the last save is saved all the same.
     comm.destroy_process_group()
     print(f"began at {began}", flush=True)
