@@ -11,7 +11,8 @@ from typing import Any
 
 def forget(engine: Any) -> None:
     """As DeepSpeed does when an update has overflowed (its `step` of each optimizer); local."""
-    engine.zero_grad()
+    for parameter in engine.module.parameters():
+        parameter.grad = None
     optimizer = engine.optimizer
     zero_grad = getattr(optimizer, "zero_grad", None)
     if zero_grad is None:
