@@ -54,9 +54,7 @@ def see(
     provider, after = named.provider(live), small.snapshot(ticket.step).ready
     with behind(after):
         pieces = provider.pieces()
-        shares = (piece.share for piece in pieces)
-        held = [(share.fragment, share.tensor) for share in shares]
-        return Seen(named, provider, pieces, stager.watch(ticket, held, after))
+        return Seen(named, provider, pieces, _watch(ticket, pieces, stager, after))
 
 
 def begin_save(
@@ -83,7 +81,9 @@ def _begin_save(
 ) -> StagedSave:  # fmt: skip
     seen, small, stager = sources
     provider, rank = seen.provider, seats.seat
-    shared = seats.divide([*seen.pieces, *provider.derived_mismatches()])
+    underived = provider.derived_mismatches()
+    seen.window.join(_watch(ticket, underived, stager, record.ready))
+    shared = seats.divide([*seen.pieces, *underived])
     pieces = [*shared, *small.buffer_pieces(record, seat=rank)]
     written_by = {"world_size": ticket.world_size}
     own = {**small.rank(record), **written_by, **small.late.stored(ticket.step)}
@@ -99,6 +99,11 @@ def _begin_save(
     shares += seen.named.client_state.tensors if rank == 0 else ()
     terms = Terms(rank, orders, seen.window, record.ready)
     return stager.stage(ticket, shares, blobs, frozen=frozen, terms=terms)
+
+
+def _watch(ticket: Ticket, pieces: Sequence[Piece], stager: Stager, after: Any) -> Window:
+    shares = (piece.share for piece in pieces)
+    return stager.watch(ticket, [(share.fragment, share.tensor) for share in shares], after)
 
 
 def _is_frozen(key: TensorKey) -> bool:

@@ -52,6 +52,10 @@ class Window:
             digest = _digest(source, offset, size)
             self._samples.append(_Sample(fragments[number], source, offset, size, digest))
 
+    def join(self, other: Window) -> None:
+        """Watch what `other` watches as well."""
+        self._samples += other._samples
+
     def verify(self) -> None:
         """Raise CaptureError naming the fragments that were changed inside the window."""
         changed = [

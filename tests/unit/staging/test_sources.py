@@ -80,6 +80,16 @@ def test_a_tensor_changed_inside_the_window_is_named(mode: Mode, is_caught: bool
         window.verify()
 
 
+def test_what_is_described_later_is_watched_as_well() -> None:
+    early, late = ([_tensor(name, torch.zeros(1000))] for name in ("early", "late"))
+    window = Window(*gather(early, {}), "full", seed=1)
+    window.join(Window(*gather(late, {}), "full", seed=1))
+    window.verify()
+    late[0][1][7] = 1.0
+    with pytest.raises(CaptureError, match=r"1 of 2 .*fp32:late"):
+        window.verify()
+
+
 def test_only_the_full_check_sees_every_byte() -> None:
     pieces = [_tensor("w", torch.zeros(1_000_000))]
     fragments, sources = gather(pieces, {})
