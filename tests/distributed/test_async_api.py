@@ -38,9 +38,25 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
-def test_the_readme_has_three_examples_of_which_one_is_an_excerpt_of_the_example_script() -> None:
+DATA = """
+from torch.utils.data import DataLoader, TensorDataset
+
+model = torch.nn.Linear(16, 4)
+loader = DataLoader(TensorDataset(torch.randn(9, 16)), batch_size=2)
+engine, _, _, _ = deepspeed.initialize(
+    model=model, model_parameters=model.parameters(),
+    config={**config, "spotspeed": {"path": "data"}},
+)
+"""
+"""What the README's example of a loop over data leaves out; `STEP` is what its dots stand for."""
+STEP = """engine.backward(engine(batch[0]).square().mean())
+        engine.step()
+        print("samples", len(batch[0]))"""
+
+
+def test_the_readme_has_four_examples_of_which_one_is_an_excerpt_of_the_example_script() -> None:
     excerpt, *_ = found = blocks()
-    assert len(found) == 3, "a new one needs a test that runs it"
+    assert len(found) == 4, "a new one needs a test that runs it"
     script = (ROOT / "examples" / "train_gpt.py").read_text()
     for line in excerpt.splitlines():
         assert (
@@ -53,7 +69,7 @@ def test_the_readme_has_three_examples_of_which_one_is_an_excerpt_of_the_example
 def test_the_example_of_reading_runs_on_what_the_example_script_has_saved(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example = blocks()[2].replace("/shared/checkpoints/run-7", str(trained))
+    example = blocks()[3].replace("/shared/checkpoints/run-7", str(trained))
     found: dict[str, Any] = {"spotspeed": spotspeed}
     exec(example, found)
     assert found["weights"].shape == (256, 64) and found["moments"].shape == (1000,)
@@ -62,8 +78,9 @@ def test_the_example_of_reading_runs_on_what_the_example_script_has_saved(
     ]  # fmt: skip
 
 
-def test_the_example_of_one_call_runs_as_it_stands(tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(blocks()[1])
+def test_the_examples_of_one_call_and_of_data_run_as_they_stand(tmp_path: Path) -> None:
+    _, one_call, data, _ = blocks()
+    (tmp_path / "example.py").write_text(one_call + DATA + data.replace("...\n", STEP + "\n"))
     port = free_port()
     env = {**rank_environment(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
            "PYTHONPATH": str(ROOT)}  # fmt: skip
@@ -74,3 +91,4 @@ def test_the_example_of_one_call_runs_as_it_stands(tmp_path: Path) -> None:
         remove_shared_memory(port)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "durable at step 10" in done.stdout and "back at step 10, epoch 1" in done.stdout
+    assert re.findall(r"^samples (\d)", done.stdout, flags=re.MULTILINE) == [*"22221"] * 3
