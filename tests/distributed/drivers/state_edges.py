@@ -243,6 +243,8 @@ def the_size_of_a_save_is_known_before_the_first_step() -> None:
             provider = provider_for(engine)
             before = provider.expected_bytes()
             train(engine, 1)
+            while int(engine.skipped_steps) == int(engine.global_steps):
+                train(engine, 1)  # A step that overflows makes no state.
             written = sum(piece.share.fragment.size_bytes for piece in provider.pieces())
             slack = 16 * len(provider.pieces())
             assert before == provider.expected_bytes(), name

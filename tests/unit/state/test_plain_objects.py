@@ -48,7 +48,7 @@ Point = namedtuple("Point", "x y")
 
 
 def round_trip(value: Any) -> Any:
-    return from_plain(plain.decode(encode_client_state({"k": value}), source="test"))["k"]
+    return from_plain(plain.decode(encode_client_state({"k": value}).data, source="test"))["k"]
 
 
 @pytest.mark.parametrize("value", [
