@@ -44,6 +44,7 @@ def test_what_was_saved_outlives_its_process_whoever_it_was(tmp_path: Path) -> N
     assert "loaded step 3" in run_alone(PROCESSES, "load", str(tmp_path))
 
 
+@pytest.mark.full
 @pytest.mark.ranks
 def test_another_number_of_ranks_loads_it_at_another_stage(tmp_path: Path) -> None:
     run_ranks(2, PROCESSES, "save", str(tmp_path), timeout_s=150)

@@ -106,6 +106,7 @@ def moved(folder: Path, trained: Results) -> Results:
     return launch(3, "load", folder, words)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", MOVED)
 def test_deepspeed_loads_an_export_for_other_ranks_and_stages(
     case: str, trained: Results, moved: Results

@@ -185,6 +185,7 @@ def test_an_error_of_the_script_in_one_rank_is_not_started_again(
     assert f"the script failed with {kind}; leaving with 1" in finished.output
 
 
+@pytest.mark.full
 def test_a_host_that_lost_slots_gets_fewer_ranks_with_the_same_global_batch(
     tmp_path: Path,
 ) -> None:
@@ -211,6 +212,7 @@ def test_a_host_that_lost_slots_gets_fewer_ranks_with_the_same_global_batch(
     assert steps == list(range(1, 13)), "no step is lost or done twice"
 
 
+@pytest.mark.full
 def test_a_job_that_runs_on_fewer_ranks_is_started_again_on_as_many_as_its_batch_fits(
     tmp_path: Path,
 ) -> None:
