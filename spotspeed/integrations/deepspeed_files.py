@@ -30,6 +30,8 @@ _STAND_INS: dict[str, type] = {
     "deepspeed.runtime.zero.config.ZeroStageEnum": Enumerated,
 }
 """What DeepSpeed's files hold beside plain data and tensors, and what it is read as."""
+_MEMBERS = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3}
+"""Those of ZeroStageEnum, the only enumeration; some versions of Python store members by name."""
 
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
@@ -94,10 +96,22 @@ class _Stream:
 
 def _stand_ins() -> list[Any]:
     """One class per foreign name, bearing that name: torch finds it by module and name."""
-    return [
+    classes = [
         type(name.rpartition(".")[2], (kind,), {"__module__": name.rpartition(".")[0]})
         for name, kind in _STAND_INS.items()
     ]
+    return [*classes, (_member, "builtins.getattr")]
+
+
+def _member(kind: Any, name: Any, *rest: Any) -> Enumerated:
+    """A member of an enumeration by its name: what pickle has Python's `getattr` do for one.
+
+    Python 3.11.0 to 3.11.3 wrote members so. It looks at no object; everything else is refused.
+    """
+    is_known = isinstance(kind, type) and issubclass(kind, Enumerated) and isinstance(name, str)
+    if rest or not is_known or name not in _MEMBERS:
+        raise pickle.UnpicklingError("GLOBAL getattr of what is no member of an enumeration")
+    return Enumerated(_MEMBERS[name])
 
 
 def _reason(error: Exception) -> str:

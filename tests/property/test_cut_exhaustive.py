@@ -110,7 +110,7 @@ ALL = [(snap, stop, 2) for snap in (0, 1) for stop in (0, 1)]
 
 @pytest.mark.parametrize(
     ("snap", "stop", "last_step"),
-    [(0, 1, 1), *(pytest.param(*case, marks=pytest.mark.full) for case in ALL)],
+    [pytest.param(*case, marks=pytest.mark.full) for case in [(0, 1, 1), *ALL]],
 )
 def test_every_order_ends_with_both_ranks_gone_at_one_sealed_step(
     snap: int, stop: int, last_step: int

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +43,16 @@ class Trap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.mark),)
+
+
+class ByName:
+    """Stored as Python 3.11.0 to 3.11.3 stores the member of an enumeration."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.what = kind, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.what
 
 
 def model_state(**changes: Any) -> dict[str, Any]:
@@ -82,6 +94,22 @@ def test_code_in_a_file_is_not_run_and_its_type_is_named(tmp_path: Path, place: 
         import_deepspeed(source, LocalStorage(tmp_path / "c"))
     assert ("model_states" in str(error.value)) == (place == "model")
     assert not mark.exists() and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("stage", ZeroStageEnum)
+def test_a_zero_stage_is_read_however_python_stores_it(
+    tmp_path: Path, stage: ZeroStageEnum
+) -> None:
+    torch.save({"now": stage, "by_name": ByName(ZeroStageEnum, stage.name)}, tmp_path / "x.pt")
+    assert read_file(tmp_path / "x.pt") == {"now": stage.value, "by_name": stage.value}
+
+
+@pytest.mark.parametrize("what", [(ZeroStageEnum, "__class__"), (LossScaler, "backward"),
+                                  (ZeroStageEnum.weights, "real"), (1, "real")])  # fmt: skip
+def test_no_attribute_of_anything_else_is_looked_up(tmp_path: Path, what: Any) -> None:
+    torch.save({"x": ByName(*what)}, tmp_path / "x.pt")
+    with pytest.raises(FormatError, match="without running code: it holds getattr"):
+        read_file(tmp_path / "x.pt")
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
