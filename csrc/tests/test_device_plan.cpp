@@ -6,19 +6,13 @@
 
 #include "../device_plan.h"
 #include "check.h"
+#include "random_bytes.h"
 
 using namespace spotspeed;
+using check::Bytes;
+using check::random_bytes;
 
 namespace {
-
-using Bytes = std::vector<std::byte>;
-
-Bytes random_bytes(std::size_t size, unsigned seed) {
-  std::mt19937 random(seed);
-  Bytes bytes(size);
-  for (std::byte& value : bytes) value = static_cast<std::byte>(random());
-  return bytes;
-}
 
 // `count` neighbours of `size` bytes, `gap` bytes apart in the target.
 std::vector<Copy> neighbours(const Bytes& source, Bytes& target, std::size_t count,

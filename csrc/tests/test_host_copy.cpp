@@ -11,19 +11,13 @@
 
 #include "../host_copy.h"
 #include "check.h"
+#include "random_bytes.h"
 
 using namespace spotspeed;
+using check::Bytes;
+using check::random_bytes;
 
 namespace {
-
-using Bytes = std::vector<std::byte>;
-
-Bytes random_bytes(std::size_t size, unsigned seed) {
-  std::mt19937 random(seed);
-  Bytes bytes(size);
-  for (std::byte& value : bytes) value = static_cast<std::byte>(random());
-  return bytes;
-}
 
 // Cuts [0, size) at random places and copies each part from `source` to the same place.
 std::vector<Copy> random_parts(const Bytes& source, Bytes& target, unsigned seed) {

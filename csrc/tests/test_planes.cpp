@@ -1,26 +1,15 @@
 // Byte planes and packing: the fast path, the plain twin and the definition agree.
 #include <cstdint>
-#include <random>
 #include <vector>
 
 #include "../device.h"
 #include "../planes.h"
 #include "check.h"
+#include "random_bytes.h"
 
 using namespace spotspeed;
-
-namespace {
-
-using Bytes = std::vector<std::byte>;
-
-Bytes random_bytes(std::size_t size, unsigned seed) {
-  std::mt19937 random(seed);
-  Bytes bytes(size);
-  for (std::byte& value : bytes) value = static_cast<std::byte>(random());
-  return bytes;
-}
-
-}  // namespace
+using check::Bytes;
+using check::random_bytes;
 
 TEST(split_is_its_definition_and_join_undoes_it) {
   for (const std::size_t item : {1, 2, 4, 8, 16}) {
