@@ -13,6 +13,7 @@ from spotspeed.core.lineage import Place, place_of
 from spotspeed.core.manifest import (
     MANIFEST_FILE,
     MAX_DOCUMENT_BYTES,
+    RECEIPT_SUFFIX,
     Manifest,
     Ticket,
     canonical_json,
@@ -115,19 +116,25 @@ def take_back(storage: Storage, ticket: Ticket, rank: int) -> Manifest | None:
     return manifest or try_seal(storage, ticket)
 
 
+def receipt_keys(storage: Storage, directory: str) -> tuple[str, ...]:
+    """The receipts that are in `directory`, whatever is in them."""
+    keys = (info.key for info in storage.list(directory))
+    return tuple(key for key in keys if key.endswith(RECEIPT_SUFFIX))
+
+
 def receipts_of(storage: Storage, directory: str) -> tuple[Ticket | None, tuple[str, ...]]:
     """The ticket that is saved in `directory`, None without a receipt, and the receipts' keys.
 
     Raises CorruptionError for a receipt that is damaged or of another directory.
     """
-    keys = [info.key for info in storage.list(directory) if info.key.endswith(".receipt")]
+    keys = receipt_keys(storage, directory)
     if not keys:
         return None, ()
     source = f"{storage.url}/{keys[0]}"
     ticket = decode_receipt(storage.get(keys[0], MAX_DOCUMENT_BYTES), source=source).ticket
     if ticket.directory != directory:
         raise FormatError(f"{source}: belongs to {ticket.directory}")
-    return ticket, tuple(keys)
+    return ticket, keys
 
 
 def roll_forward(storage: Storage) -> RollForward:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from spotspeed.checkpoint.catalog import Catalog, CheckpointInfo, scan
-from spotspeed.checkpoint.commit import receipts_of, withdraw
+from spotspeed.checkpoint.commit import receipt_keys, receipts_of, withdraw
 from spotspeed.checkpoint.ownership import read_epochs
 from spotspeed.checkpoint.rotation import forget, given_up
 from spotspeed.checkpoint.sweep import Sweeper
@@ -127,10 +127,8 @@ def _remove(storage: Storage, removal: Removal) -> None:
     if removal.is_sealed:
         # From here on it is no checkpoint any more; a crash leaves an unfinished one at worst.
         storage.delete(f"{directory}/{MANIFEST_FILE}")
-    else:
-        keys = [info.key for info in storage.list(directory) if info.key.endswith(".receipt")]
-        if not withdraw(storage, directory, keys):
-            return
+    elif not withdraw(storage, directory, receipt_keys(storage, directory)):
+        return
     storage.delete_prefix(directory)
 
 

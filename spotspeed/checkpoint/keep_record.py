@@ -8,18 +8,18 @@ these records ignore them, as they do every name below epochs/ that they do not 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass
 
-from spotspeed.core.documents import check_stamp, stamp
-from spotspeed.core.owner import MAX_RECORD_BYTES
+from spotspeed.checkpoint.ownership import EPOCHS, read_record
+from spotspeed.core.documents import stamp
 from spotspeed.core.retention import Keep
 from spotspeed.errors import FormatError
 from spotspeed.storage.contract import Storage
 
 VERSION = 1
-_KEY = re.compile(r"epochs/(\d{6,16})\.keep\.json")
+_KEY = re.compile(rf"{EPOCHS}/(\d{{6,16}})\.keep\.json")
+_WHAT = "a record of what a job keeps"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def record_keep(storage: Storage, epoch: int, record: KeepRecord) -> None:
     """Write `record` down for `epoch`, which the caller owns; durable on return."""
     body = {"version": VERSION, "epoch": epoch, "has_tiers": record.has_tiers,
             "keep": asdict(record.keep)}  # fmt: skip
-    storage.put(f"epochs/{epoch:06d}.keep.json", stamp(body))
+    storage.put(f"{EPOCHS}/{epoch:06d}.keep.json", stamp(body))
 
 
 def read_keep(storage: Storage) -> KeepRecord | None:
@@ -42,17 +42,16 @@ def read_keep(storage: Storage) -> KeepRecord | None:
 
     Raises FormatError when that record is damaged or of a later version.
     """
-    found = [match for info in storage.list("epochs") if (match := _KEY.fullmatch(info.key))]
+    found = [match for info in storage.list(EPOCHS) if (match := _KEY.fullmatch(info.key))]
     if not found:
         return None
     newest = max(found, key=lambda match: int(match[1]))
-    source = f"{storage.url}/{newest[0]}"
+    raw = read_record(storage, newest[0], _WHAT)
     try:
-        raw = check_stamp(json.loads(storage.get(newest[0], MAX_RECORD_BYTES)), source)
         if raw["version"] != VERSION or raw["epoch"] != int(newest[1]):
             raise ValueError(f"version {raw['version']!r} of epoch {raw['epoch']!r}")
         if type(raw["has_tiers"]) is not bool:
             raise ValueError(f"has_tiers is {raw['has_tiers']!r}")
         return KeepRecord(Keep(**raw["keep"]), raw["has_tiers"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FormatError(f"{source}: not a record of what a job keeps: {error}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{storage.url}/{newest[0]}: not {_WHAT}: {error}") from error

@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from spotspeed import events
 from spotspeed.checkpoint.processes import see_process, this_process
@@ -180,15 +181,23 @@ def record_restored_from(storage: Storage, epoch: int, directory: str | None) ->
         )
 
 
+def read_record(storage: Storage, key: str, what: str = "a record") -> dict[str, Any]:
+    """The body of a stamped record below `epochs/`.
+
+    Raises ObjectNotFoundError when it is not there, FormatError when it is damaged: not `what`.
+    """
+    source = f"{storage.url}/{key}"
+    try:
+        return check_stamp(json.loads(storage.get(key, MAX_RECORD_BYTES)), source)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{source}: not {what}: {error}") from error
+
+
 def read_restored(storage: Storage, epoch: int) -> Place | None:
     """Where `epoch` began; None for nothing. Raises ObjectNotFoundError when not on record."""
     key = restored_key(epoch)
-    source = f"{storage.url}/{key}"
-    try:
-        raw = check_stamp(json.loads(storage.get(key, MAX_RECORD_BYTES)), source)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{source}: not a record: {error}") from error
-    if not isinstance(raw, dict) or set(raw) != {"epoch", "restored_from"}:
+    source, raw = f"{storage.url}/{key}", read_record(storage, key)
+    if set(raw) != {"epoch", "restored_from"}:
         raise FormatError(f"{source}: not a record of where an epoch began")
     if raw["epoch"] != epoch:
         raise FormatError(f"{source}: belongs to epoch {raw['epoch']!r}")

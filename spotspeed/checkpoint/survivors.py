@@ -7,16 +7,14 @@ is a checkpoint like any other, and nothing in it waits for the dead.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from spotspeed.checkpoint.ownership import EPOCHS
-from spotspeed.core.documents import check_stamp, stamp
+from spotspeed.checkpoint.ownership import EPOCHS, read_record
+from spotspeed.core.documents import stamp
 from spotspeed.core.layout import Fragment
 from spotspeed.core.manifest import Ticket
-from spotspeed.core.owner import MAX_RECORD_BYTES
 from spotspeed.errors import CaptureError, FormatError, StorageError
 from spotspeed.state.piece import Piece
 from spotspeed.storage.contract import Storage
@@ -115,9 +113,9 @@ def last_save_key(epoch: int, number: int) -> str:
 
 
 def _lost_of(storage: Storage, key: str) -> set[int]:
-    source = f"{storage.url}/{key}"
+    what = "a record of survivors"
+    raw = read_record(storage, key, what)
     try:
-        lost = check_stamp(json.loads(storage.get(key, MAX_RECORD_BYTES)), source)["lost"]
-        return {int(rank) for rank in lost}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FormatError(f"{source}: not a record of survivors: {error!r}") from error
+        return {int(rank) for rank in raw["lost"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{storage.url}/{key}: not {what}: {error!r}") from error

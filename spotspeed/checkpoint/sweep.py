@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from spotspeed import events
 from spotspeed.core.frozen import FOLDER, plan_sweep, writer_of
 from spotspeed.core.lineage import Place, place_of
-from spotspeed.core.manifest import MAX_RECEIPT_BYTES, decode_receipt
+from spotspeed.core.manifest import MAX_RECEIPT_BYTES, RECEIPT_SUFFIX, decode_receipt
 from spotspeed.errors import CorruptionError, ObjectNotFoundError, StorageError, UnreadableError
 from spotspeed.storage.contract import ObjectInfo, Storage
-
-_RECEIPT = ".receipt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class Sweeper:
                 if place_of(directory) is None or directory in gone:
                     continue
                 for info in self._storage.list(directory):
-                    if info.key.endswith(_RECEIPT):
+                    if info.key.endswith(RECEIPT_SUFFIX):
                         found[info.key] = self._read.get(info.key) or self._objects_of(info.key)
         except (CorruptionError, UnreadableError) as error:
             events.emit(events.Lost("frozen objects were not swept", str(error)))

@@ -28,6 +28,7 @@ from spotspeed.core.index import ChunkRecord
 from spotspeed.core.lineage import Place, place_of, trace_lineage
 from spotspeed.core.manifest import (
     MAX_RECEIPT_BYTES,
+    RECEIPT_SUFFIX,
     Receipt,
     Ticket,
     decode_receipt,
@@ -46,7 +47,6 @@ from spotspeed.storage.contract import Storage
 from spotspeed.storage.local import LocalStorage
 
 SEALED_FILE = "sealed.json"
-_RECEIPT = ".receipt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ def _survey(node: Storage, directory: str) -> NodeDirectory:
         name = info.key.rpartition("/")[2]
         if name == SEALED_FILE:
             is_sealed = _is_mark(node, info.key)
-        elif name.endswith(_RECEIPT):
+        elif name.endswith(RECEIPT_SUFFIX):
             try:
                 parts.append(_part(node, info.key))
             except CorruptionError as error:

@@ -46,6 +46,7 @@ MAX_DOCUMENT_BYTES = 32 * 1024 * 1024
 MAX_RECEIPT_BYTES = 64 * 1024
 MAX_ATTEMPT_CHARS = 64
 MANIFEST_FILE = "manifest.json"
+RECEIPT_SUFFIX = ".receipt"
 REASONS = ("periodic", "notice", "explicit", "final")
 
 
@@ -90,7 +91,7 @@ class Ticket:
         return f"{self.directory}/rank-{rank:05d}.shard"
 
     def receipt_path(self, rank: int) -> str:
-        return f"{self.directory}/rank-{rank:05d}.receipt"
+        return f"{self.directory}/rank-{rank:05d}{RECEIPT_SUFFIX}"
 
     @property
     def manifest_path(self) -> str:

@@ -244,6 +244,7 @@ class StagedSave:
                 plan.add(flow.layout.chunks[chunk], flow.session.slot_address(slot))
             plan.run(self._settings.urgent if is_urgent else self._settings.lazy, self._begun)
         except BaseException:
+            # Whatever ends this thread, the others' saves need the slots.
             flow.release(claimed.values())
             raise
         return flow.fill(claimed)
