@@ -2,11 +2,14 @@
 
     python benchmarks/cuts.py [--saves 80] [--stops 20] [--ranks 3] [--seed N] [--results FILE]
     python benchmarks/cuts.py --launcher mpirun|deepspeed [--ranks 4] [--cuts 200] [--only TEXT]
+                              [--record FILE] [--minutes N] [--results FILE]
 
 Runs jobs/cut_job.py. The first form, under mpirun. Saves: a random rank of one living job is told
 to ask for a save, at a random moment. Stops: SIGUSR1 or SIGTERM to a random rank; the next launch,
 on 2 to 4 ranks, resumes and is stopped in its turn. The second form: so many cuts, most of them
-saves of living jobs, on every occasion of jobs/cut_occasions.py. Every cut must be one sealed
+saves of living jobs, on every occasion of jobs/cut_occasions.py; with --record, cuts that the
+file says were whole are taken from it and new ones added to it, and with --minutes no launch is
+begun after that long, so that a table can be made in pieces. Every cut must be one sealed
 checkpoint to which all ranks contributed, whose bytes verify, and whose weights are those that
 every rank had after that step; every stop must end with 75 and, in the first form, be resumed at
 exactly that step. Times count from the moment before the signal is sent. Exits with 1 unless every
@@ -16,6 +19,9 @@ cut is so. With --results, the section of this benchmark in that file is written
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import math
 import os
 import pathlib
 import random
@@ -26,6 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -56,6 +63,7 @@ from benchmarks.jobs.cut_watch import (  # noqa: E402
 PERCENTILES = (50, 90, 99, 100)
 TITLE = "## cuts.py: one notice anywhere, all ranks durable at one step"
 console = Console(highlight=False, width=110)
+Found = dict[str, list[Cut]]
 
 
 def run_saves(folder: pathlib.Path, ranks: int, count: int, chance: random.Random) -> list[Cut]:
@@ -172,18 +180,25 @@ def section(cuts: list[Cut], seed: int, load: float) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows(cuts)]
 
 
-def run_occasions(folder: pathlib.Path, arguments: argparse.Namespace) -> dict[str, list[Cut]]:
-    """The second form: the cuts of each occasion."""
+def run_occasions(folder: pathlib.Path, arguments: argparse.Namespace) -> Found:
+    """The second form: the cuts of each occasion, those on record included."""
     chosen = [occasion for occasion in OCCASIONS if arguments.only in occasion.name]
     living = sum(occasion.saves for occasion in OCCASIONS)
     saves = max(1, (arguments.cuts - len(OCCASIONS) + living) // living)
-    found: dict[str, list[Cut]] = {}
+    end = time.monotonic() + 60 * arguments.minutes
+    found = recorded(arguments)
     for number, occasion in enumerate(chosen):
+        missing = (saves if occasion.saves else 1) - len(found.get(occasion.name, ()))
+        if missing <= 0 or time.monotonic() > end:
+            continue
         own = folder / str(number)
         own.mkdir()
-        seed = arguments.seed + number
+        seed = arguments.seed + OCCASIONS.index(occasion)
         launch = launch_of(occasion, own, arguments.launcher, arguments.ranks, seed)
-        cuts = found[occasion.name] = run_occasion(occasion, launch, saves, seed)
+        load = os.getloadavg()[0]
+        cuts = run_occasion(occasion, launch, missing, seed)
+        found.setdefault(occasion.name, []).extend(cuts)
+        record(arguments, occasion.name, cuts, load)
         good = sum(not cut.complaint for cut in cuts)
         console.print(f"{good} of {len(cuts)}  {occasion.name}", soft_wrap=True)
         for cut in cuts:
@@ -191,10 +206,40 @@ def run_occasions(folder: pathlib.Path, arguments: argparse.Namespace) -> dict[s
                 console.print(f"    {cut.kind}: {cut.complaint}", soft_wrap=True, markup=False)
         if good == len(cuts):
             shutil.rmtree(own)
+    return {each.name: found[each.name] for each in OCCASIONS if each.name in found}
+
+
+def record(arguments: argparse.Namespace, name: str, cuts: list[Cut], load: float) -> None:
+    """Add one launch to the file."""
+    if arguments.record is None:
+        return
+    line = {"launcher": arguments.launcher, "ranks": arguments.ranks, "occasion": name,
+            "load": load, "cuts": [dataclasses.asdict(cut) for cut in cuts]}  # fmt: skip
+    with arguments.record.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def lines_on_record(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The launches on record that are of this launcher and so many ranks."""
+    file = arguments.record
+    lines = file.read_text().splitlines() if file is not None and file.exists() else []
+    found = [json.loads(line) for line in lines]
+    wanted = (arguments.launcher, arguments.ranks)
+    return [line for line in found if (line["launcher"], line["ranks"]) == wanted]
+
+
+def recorded(arguments: argparse.Namespace) -> Found:
+    """The whole cuts of earlier runs, by occasion."""
+    found: Found = {}
+    for line in lines_on_record(arguments):
+        cuts = [Cut(**cut) for cut in line["cuts"]]
+        whole = [cut for cut in cuts if not cut.complaint]
+        if whole:
+            found.setdefault(line["occasion"], []).extend(whole)
     return found
 
 
-def occasion_rows(found: dict[str, list[Cut]]) -> Iterator[tuple[str, ...]]:
+def occasion_rows(found: Found) -> Iterator[tuple[str, ...]]:
     """Occasion, whole cuts, the slowest of each stage in ms, codes of launchers."""
     for name, cuts in found.items():
         slowest = []
@@ -206,14 +251,16 @@ def occasion_rows(found: dict[str, list[Cut]]) -> Iterator[tuple[str, ...]]:
         yield (name, f"{good} of {len(cuts)}", *slowest, ", ".join(codes) or "-")
 
 
-def write_occasions(
-    path: pathlib.Path, found: dict[str, list[Cut]], arguments: argparse.Namespace, load: float
-) -> None:
+def write_occasions(path: pathlib.Path, found: Found, arguments: argparse.Namespace) -> None:
     cuts = [cut for each in found.values() for cut in each]
     good = sum(not cut.complaint for cut in cuts)
-    lines = [f"{machine()}, load {load:.1f} when it began and {os.getloadavg()[0]:.1f} at its end; "
-             f"seed {arguments.seed}.", "",
+    loads = [os.getloadavg()[0], *(line["load"] for line in lines_on_record(arguments))]
+    broken = sum(bool(cut["complaint"]) for line in lines_on_record(arguments)
+                 for cut in line["cuts"])  # fmt: skip
+    again = broken - (len(cuts) - good)
+    lines = [f"{machine()}, load {min(loads):.0f} to {max(loads):.0f}; seed {arguments.seed}.", "",
              f"**{good} of {len(cuts)} whole.** The slowest of each stage, in ms to the last rank.",
+             *([f"Not whole at first, and tried again: {again} cuts."] if again > 0 else []),
              "", "| occasion | whole | " + " | ".join(STAGES) + " | code |",
              "|---|---:|" + "---:|" * (len(STAGES) + 1)]  # fmt: skip
     lines += ["| " + " | ".join(row) + " |" for row in occasion_rows(found)]
@@ -230,6 +277,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cuts", type=int, default=200, help="on all occasions together")
     parser.add_argument("--only", default="", help="occasions whose name has this text")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 20))
+    parser.add_argument("--record", type=pathlib.Path, help="JSON lines of the launches so far")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="to begin launches for")
     parser.add_argument("--results", type=pathlib.Path, help="file to write the section into")
     return parser.parse_args()
 
@@ -264,7 +313,7 @@ def main() -> int:
         found = run_occasions(folder, arguments)
         cuts, is_whole = [cut for each in found.values() for cut in each], True
         if arguments.results:
-            write_occasions(arguments.results, found, arguments, load)
+            write_occasions(arguments.results, found, arguments)
     is_good = is_whole and not any(cut.complaint for cut in cuts)
     if is_good:
         shutil.rmtree(folder)

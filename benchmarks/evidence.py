@@ -1,15 +1,18 @@
 """Any launcher, any notice, anyone who hears it, whatever the ranks do: all durable at one step.
 
-    python benchmarks/evidence.py [--saves 4] [--seed N] [--only PATTERN] [--record FILE]
-                                  [--results FILE]
+    python benchmarks/evidence.py [--saves 4] [--stops 1] [--seed N] [--only PATTERN]
+                                  [--record FILE] [--minutes N] [--results FILE]
 
 Pairwise over launcher, notice, who hears it and what the ranks are doing: each pair of values that
-can meet is in a cell. Each cell is one launch of jobs/cut_job.py with two ranks: saves of the
-living job at random moments of what it does, then a stop by the cell's notice. A cut counts when
-all ranks agreed on one step, its checkpoint has the parts of all ranks, its bytes verify, its
-weights are those that every rank had after that step, and all of them said so and left. Times count
-from the moment before the notice, until the last rank. Exits with 1 unless every cell is whole.
-With --record, cells that the file says were whole are taken from it, and new ones added to it.
+can meet is in a cell. Each cell is launches of jobs/cut_job.py with two ranks, one for each of its
+stops by the cell's notice, the first after saves of the living job at random moments of what it
+does. A cut counts when all ranks agreed on one step, its checkpoint has the parts of all ranks, its
+bytes verify, its weights are those that every rank had after that step, and all of them said so and
+left. Times count from the moment before the notice, until the last rank. Exits with 1 unless every
+cell is whole.
+
+With --record, launches that the file says were whole are taken from it, and new ones are added to
+it; with --minutes, none is begun after that long. So a table can be made in pieces.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pathlib
 import random
@@ -60,12 +64,13 @@ from benchmarks.jobs.cut_watch import (  # noqa: E402
 )
 
 RANKS = 2
-LAUNCHERS = ("mpirun", "mpirun, MPI transport", "deepspeed", "torchrun", "supervise torchrun")
+LAUNCHERS = ("mpirun", "mpirun, MPI transport", "deepspeed", "torchrun", "supervise mpirun",
+             "supervise deepspeed", "supervise torchrun")  # fmt: skip
 NOTICES = ("SIGTERM", "SIGUSR1", "file", "notify")
 HEARERS = ("rank 0", "rank 1", "all ranks", "launcher", "node")
 DOES = ("compute", "collective", "data", "evaluation", "compile", "first", "save")
 FACTORS = (LAUNCHERS, NOTICES, HEARERS, DOES)
-FORWARDING = ("mpirun", "mpirun, MPI transport", "supervise torchrun")
+FORWARDING = tuple(name for name in LAUNCHERS if name.startswith(("mpirun", "supervise")))
 """Launchers that live on after SIGUSR1 to themselves."""
 REASONS = (
     "SIGUSR1 to torchrun or `deepspeed` itself ends them and leaves the ranks behind as orphans: "
@@ -74,7 +79,8 @@ REASONS = (
     "hears it signal its child, deepspeed.launcher.launch, which passes it on to rank 0 alone.",
     "SIGTERM to mpirun: it kills its ranks 0.3 s after it has passed the signal on. What counts is "
     "that the saver, which it cannot reach, seals the step that the ranks had agreed on.",
-    "torchrun gives 1 whatever its ranks give; `spotspeed supervise` gives 75.",
+    "torchrun gives 1 whatever its ranks give; `spotspeed supervise` gives 75. A launcher that "
+    "hears the notice after `supervise` is `supervise`.",
     "`first`: a save and then a stop while the first batch is awaited, both at step 0: where both "
     "are of one step, the stop is answered by what the save has sealed.",
 )
@@ -94,7 +100,7 @@ class Cell:
     does: str
     cuts: list[Cut] = field(default_factory=list)
     in_place: int = 0
-    load: float = 0.0
+    loads: list[float] = field(default_factory=list)
 
     @property
     def combination(self) -> Combination:
@@ -107,8 +113,18 @@ class Cell:
             "SIGTERM", "launcher")  # fmt: skip
 
     @property
+    def stops(self) -> int:
+        return sum(cut.is_stop for cut in self.cuts)
+
+    @property
     def good(self) -> int:
         return sum(not cut.complaint for cut in self.cuts)
+
+    def add(self, other: Cell) -> None:
+        """Another launch of this cell."""
+        self.cuts += other.cuts
+        self.in_place += other.in_place
+        self.loads += other.loads
 
     def expected_codes(self) -> set[int]:
         if self.is_killed:
@@ -168,14 +184,12 @@ def run_cell(cell: Cell, folder: pathlib.Path, saves: int, chance: random.Random
     block: dict[str, object] = {"notice": {"file": str(notice)}}
     if cell.launcher.endswith("MPI transport"):
         block["coordinator"] = {"transport": "mpi"}
-    launcher = {"mpirun, MPI transport": "mpirun", "supervise torchrun": "supervise"}
-    launch = Launch(
-        folder, RANKS, chance.randrange(1 << 20), launcher.get(cell.launcher, cell.launcher),
-        options=tuple(options), block=block,
-    )  # fmt: skip
+    launcher = cell.launcher.partition(",")[0]
+    launch = Launch(folder, RANKS, chance.randrange(1 << 20), launcher, options=tuple(options),
+                    block=block)  # fmt: skip
     with launched(launch) as job:
         job.await_all("enters" if cell.does == "first" else "step", LAUNCH_TIMEOUT_S)
-        for _ in range(1 if cell.does == "first" else saves):
+        for _ in range(min(saves, 1) if cell.does == "first" else saves):
             save(job, cell, hearer, chance)
         stop_cell(job, cell, notice, chance)
 
@@ -264,22 +278,26 @@ def tell(number: int, of: int, cell: Cell) -> None:
                           markup=False)  # fmt: skip
 
 
-def lines_of(cells: list[Cell], seed: int) -> Iterator[str]:
-    """The section of this benchmark in RESULTS.md."""
+def lines_of(cells: list[Cell], seed: int, again: int) -> Iterator[str]:
+    """The section of this benchmark in RESULTS.md; `again`: launches that were not whole."""
     whole = sum(cell.good == len(cell.cuts) for cell in cells)
     cuts = sum(len(cell.cuts) for cell in cells)
     in_place = sum(cell.in_place for cell in cells)
-    loads = sorted(cell.load for cell in cells)
+    loads = sorted(load for cell in cells for load in cell.loads)
+    stops = [sum(c.stops for c in cells if c.launcher == launcher) for launcher in LAUNCHERS]
     yield (f"{machine()}; load {loads[0]:.0f} to {loads[-1]:.0f}, so read shares and codes, not "
            f"times. Seed {seed},")  # fmt: skip
     yield f"{RANKS} ranks, ZeRO 1 in bf16, a model of 17 thousand weights."
     yield ""
-    yield (f"**{whole} of {len(cells)} cells whole, {sum(cell.good for cell in cells)} of {cuts} "
-           f"cuts durable at one step.**")  # fmt: skip
+    good = sum(cell.good for cell in cells)
+    yield (f"**{whole} of {len(cells)} cells whole, {good} of {cuts} cuts durable at one step, "
+           f"{min(stops)} to {max(stops)} stops a launcher.**")  # fmt: skip
     yield "Milliseconds to the last rank, median (maximum) of the cell's cuts; `exit` and `code`"
-    yield f"are of the stop. {in_place} of the notices fell into what the row names, the others"
+    yield f"are of the stops. {in_place} of the notices fell into what the row names, the others"
     yield "just after it. `notify` includes the start of its own interpreter, `file` half a second"
     yield "of polling. `save`: a save was asked for less than 30 ms before."
+    if again:
+        yield f"Launches that were not whole at first, and were run again: {again}."
     yield ""
     yield "| " + " | ".join(HEADINGS) + " |"
     yield "|---|---|---|---|" + "---:|" * 6
@@ -290,54 +308,70 @@ def lines_of(cells: list[Cell], seed: int) -> Iterator[str]:
         yield from textwrap.wrap(f"- {reason}", 99, subsequent_indent="  ")
 
 
-def recorded(file: pathlib.Path | None) -> dict[Combination, Cell]:
-    """Whole cells of earlier runs."""
+def recorded(file: pathlib.Path | None) -> tuple[dict[Combination, Cell], int]:
+    """The whole launches of earlier runs, by cell, and how many were not whole."""
     found: dict[Combination, Cell] = {}
+    broken = 0
     for line in file.read_text().splitlines() if file is not None and file.exists() else ():
         fields = json.loads(line)
         cell = Cell(**{**fields, "cuts": [Cut(**cut) for cut in fields["cuts"]]})
-        if cell.good == len(cell.cuts):
-            found[cell.combination] = cell
-    return found
+        if cell.good < len(cell.cuts):
+            broken += 1
+        else:
+            found.setdefault(cell.combination, Cell(*cell.combination)).add(cell)
+    return found, broken
 
 
 def run_all(cells: list[Cell], arguments: argparse.Namespace, folder: pathlib.Path) -> None:
-    for number, cell in enumerate(cells, start=1):
+    """The launches that each cell still lacks, as far as the time goes; all cells once, first."""
+    end = time.monotonic() + 60 * arguments.minutes
+    wanted = [cell for number in range(arguments.stops) for cell in cells if cell.stops <= number]
+    for number, cell in enumerate(wanted, start=1):
+        if time.monotonic() > end:
+            return
         own = folder / str(number)
         own.mkdir()
-        cell.load = os.getloadavg()[0]
+        launch = Cell(*cell.combination, loads=[os.getloadavg()[0]])
+        chance = random.Random(f"{arguments.seed} {cell.combination} {cell.stops}")
         try:
-            run_cell(cell, own, arguments.saves, random.Random(f"{arguments.seed} {number}"))
+            run_cell(launch, own, 0 if cell.stops else arguments.saves, chance)
         except Broken as error:
-            cell.cuts.append(Cut(cell.notice, RANKS, 0, complaint=str(error)))
-        tell(number, len(cells), cell)
-        if cell.good == len(cell.cuts):
+            launch.cuts.append(Cut(cell.notice, RANKS, 0, complaint=str(error)))
+        tell(number, len(wanted), launch)
+        cell.add(launch)
+        if launch.good == len(launch.cuts):
             shutil.rmtree(own)
         if arguments.record is not None:
             with arguments.record.open("a") as file:
-                file.write(json.dumps(dataclasses.asdict(cell)) + "\n")
+                file.write(json.dumps(dataclasses.asdict(launch)) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--saves", type=int, default=4, help="in each cell, before its first stop")
+    parser.add_argument("--stops", type=int, default=1, help="in each cell, a launch for each")
+    parser.add_argument("--seed", type=int, default=20261124)
+    parser.add_argument("--only", default="", help="cells in whose row this pattern is found")
+    parser.add_argument("--record", type=pathlib.Path, help="JSON lines of the launches so far")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="to begin launches for")
+    parser.add_argument("--results", type=pathlib.Path, help="file to write the section into")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--saves", type=int, default=4, help="in each cell, before its stop")
-    parser.add_argument("--seed", type=int, default=20261124)
-    parser.add_argument("--only", default="", help="cells in whose row this pattern is found")
-    parser.add_argument("--record", type=pathlib.Path, help="JSON lines of the cells that were run")
-    parser.add_argument("--results", type=pathlib.Path, help="file to write the section into")
-    arguments = parser.parse_args()
+    arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no launch is left behind
-    known = recorded(arguments.record)
+    known, again = recorded(arguments.record)
     chosen = pairwise(random.Random(arguments.seed))
     cells = [known.get(combination, Cell(*combination)) for combination in chosen]
-    missing = [cell for cell in cells if not cell.cuts]
-    missing = [cell for cell in missing if re.search(arguments.only, " | ".join(cell.combination))]
-    console.print(f"seed {arguments.seed}, {len(missing)} of {len(cells)} cells")
+    asked = [cell for cell in cells if re.search(arguments.only, " | ".join(cell.combination))]
+    missing = sum(max(0, arguments.stops - cell.stops) for cell in asked)
+    console.print(f"seed {arguments.seed}, {len(asked)} of {len(cells)} cells, {missing} launches")
     folder = pathlib.Path(tempfile.mkdtemp(prefix="spotspeed-evidence-"))
-    run_all(missing, arguments, folder)
+    run_all(asked, arguments, folder)
     cells = [cell for cell in cells if cell.cuts]
-    if arguments.results:
-        write_section(arguments.results, TITLE, list(lines_of(cells, arguments.seed)))
+    if arguments.results and cells:
+        write_section(arguments.results, TITLE, list(lines_of(cells, arguments.seed, again)))
     is_good = all(cell.good == len(cell.cuts) for cell in cells)
     if is_good:
         shutil.rmtree(folder)

@@ -62,7 +62,10 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a job is launched; `options` go to the job, `block` into its "spotspeed" block."""
+    """How a job is launched; `options` go to the job, `block` into its "spotspeed" block.
+
+    `launcher` is mpirun, deepspeed or torchrun, or one of them after "supervise ".
+    """
 
     folder: pathlib.Path
     ranks: int
@@ -93,19 +96,21 @@ class Launch:
         return file
 
     def command(self, port: int, words: tuple[str, ...]) -> list[str]:
-        """The launcher's command line; `words` are the job's."""
+        """The launcher's command line, `supervise` in front where asked; `words` are the job's."""
+        before, _, launcher = self.launcher.rpartition(" ")
+        supervise = [*SPOTSPEED, "supervise", "--"] if before else []
+        return supervise + self._launch(launcher, port, words)
+
+    def _launch(self, launcher: str, port: int, words: tuple[str, ...]) -> list[str]:
         script = [str(JOB), *words]
         tools = pathlib.Path(sys.executable)
-        # Without the dashes torchrun takes a script's options for abbreviations of its own.
-        torchrun = [str(tools.with_name("torchrun")), "--nproc-per-node", str(self.ranks),
-                    "--master-port", str(port), "--", *script]  # fmt: skip
-        if self.launcher == "deepspeed":
+        if launcher == "deepspeed":
             return [str(tools.with_name("deepspeed")), "--num_gpus", str(self.ranks),
                     "--master_port", str(port), *script]  # fmt: skip
-        if self.launcher == "torchrun":
-            return torchrun
-        if self.launcher == "supervise":
-            return [*SPOTSPEED, "supervise", "--", *torchrun]
+        if launcher == "torchrun":
+            # Without the dashes torchrun takes a script's options for abbreviations of its own.
+            return [str(tools.with_name("torchrun")), "--nproc-per-node", str(self.ranks),
+                    "--master-port", str(port), "--", *script]  # fmt: skip
         return launch_command(self.ranks, *script)
 
 
