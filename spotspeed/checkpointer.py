@@ -300,7 +300,7 @@ class Checkpointer:
 
     def after_update(self, engine: Any) -> None:
         """A step is complete: keep what the next forward changes, and save if it is time."""
-        self._roll_call.is_updating = False
+        self._roll_call.updated()
         self._cuts.planner.stepped()
         step = int(engine.global_steps)
         self._small.record()

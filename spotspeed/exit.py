@@ -176,9 +176,13 @@ def is_of_script(error: BaseException) -> bool:
     if not isinstance(error, LOSS_ERRORS):
         return True
     frames = traceback.walk_tb(error.__traceback__)
-    files = (frame.f_code.co_filename.replace(os.sep, "/") for frame, _ in frames)
-    is_collective = any(place in file for file in files for place in COLLECTIVES)
+    is_collective = any(is_of_collectives(frame.f_code.co_filename) for frame, _ in frames)
     return not is_collective and not kind.__module__.startswith("mpi4py")
+
+
+def is_of_collectives(file: str) -> bool:
+    """Whether this file of code calls collectives."""
+    return any(place in file.replace(os.sep, "/") for place in COLLECTIVES)
 
 
 def leave_now(code: int) -> None:

@@ -1,15 +1,22 @@
 """A rank whose script has ended finds out whether the others go on without it.
 
-A script ends on all ranks, though not at once: one may write results for minutes after the others.
-So a rank that ends waits for all, but not for ranks that in their turn wait for it in a collective
-of the training. Nobody can tell the two apart but by where the others are: a rank that has begun
-an update or a training forward that the ended one has not will not end before that is complete,
-and it cannot be. The ended rank asks again and again, by a wish for a save that nobody makes:
+A script ends on all ranks, though not at once: one may write results, or generate samples, for
+minutes after the others. So a rank that ends waits for all, but not for ranks that in their turn
+wait for it in a collective of the training. Nobody can tell the two apart but by where the others
+are: a rank that trains on, or that hangs in a collective of a forward or backward which the ended
+one has not begun, will not end before that is complete, and it cannot be. The ended rank asks again
+and again, by a wish for a save that nobody makes:
 
-    roll call by rank 1 after 7 forwards
+    roll call by rank 1 after 7 forwards and 6 micro-steps
 
 All ranks agree on a step for it, which is later than the own one when another has begun an update
-since; and each rank that rests at the step tells how far it is, in place of saving.
+since; and each rank that rests at the step tells how far it is, in place of saving:
+
+    past      it has completed a micro-step of the training that the one who asks has not
+    blocked   it hangs in a collective, of a forward that the one who asks has not begun
+    waiting   it hangs in a collective, of a forward that both have begun
+    stuck     it is inside a call of its engine, perhaps at work
+    ahead     it has begun a forward more, as one that generates samples does
 """
 
 from __future__ import annotations
@@ -20,27 +27,30 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from spotspeed.checkpoint.agreement import Exchange, impatient
 from spotspeed.coordinator.coordinator import Coordinator, Cut
 from spotspeed.coordinator.listener import ROLL_CALL
 from spotspeed.errors import CaptureError, CoordinationError
-from spotspeed.exit import UnknownExit, has_failed
+from spotspeed.exit import UnknownExit, has_failed, is_of_collectives
 from spotspeed.state.boundary import forwards_of
 
-ASK_S = 0.3
+ASK_S = 0.15
 """Between the first questions; later ones come ever more seldom."""
 SLOWEST_ASK_S = 2.0
 PAST_S = 0.2
-"""A rank that is past for longer is believed: a last forward, of rank 0 alone, is over soon."""
+"""A rank that is past or blocked for longer is believed."""
+WAITING_S = 0.4
+"""The same for one that is waiting, where this rank has ended in the middle of a step."""
 STUCK_S = 10.0
 """So long inside one call of its engine a rank waits for another that is not past."""
 EXIT_PATIENCE_S = 0.5
 """How long a rank whose script has failed by sys.exit waits for the others to end as well."""
 DOUBTFUL_STUCK_S = 0.6
 """The same where this rank may have ended with an error."""
-_SOURCE = re.compile(rf"{ROLL_CALL} by rank (\d+) after (\d+) forwards")
+_SOURCE = re.compile(rf"{ROLL_CALL} by rank (\d+) after (\d+) forwards and (\d+) micro-steps")
 _CALLS = frozenset({"train_batch", "forward", "backward", "step"})
 _ENGINES = ("deepspeed", "autograd")
 
@@ -60,7 +70,8 @@ class RollCall:
         self._stop_step = -1
         self._is_ending = False
         self._first_seen: dict[str, float] = {}
-        self._past_s, self._stuck_s = PAST_S, STUCK_S
+        self._forwards_at_update = 0
+        self._limits_s: dict[str, float] = {}
         self._decided = threading.Event()
 
     def waiting(self, error: BaseException | None) -> Exchange:
@@ -86,10 +97,11 @@ class RollCall:
         which is raised with what is known then.
         """
         self._is_ending = True
-        self._past_s = 0.0 if has_failed(error) else PAST_S
-        self._stuck_s = _stuck_s(error)
+        forwards, micro_steps = self._progress()
+        self._limits_s = _limits_s(error, is_midway=forwards > self._forwards_at_update)
         self._decided.clear()
-        source = f"{ROLL_CALL} by rank {self._rank} after {forwards_of(self._engine)} forwards"
+        source = (f"{ROLL_CALL} by rank {self._rank} after {forwards} forwards and "
+                  f"{micro_steps} micro-steps")  # fmt: skip
 
         def call() -> None:
             wait_s = ASK_S
@@ -113,6 +125,10 @@ class RollCall:
             self._decided.set()
             caller.join()
 
+    def updated(self) -> None:
+        """An update is complete."""
+        self.is_updating, self._forwards_at_update = False, forwards_of(self._engine)
+
     def refuse_torn(self) -> None:
         """Raise CaptureError when something has ended an update in the middle: no state is left."""
         if self.is_updating:
@@ -132,10 +148,15 @@ class RollCall:
         found = _SOURCE.fullmatch(source)
         if found is None or self._is_ending or int(found[1]) == self._rank:
             return ""
-        mine, theirs = forwards_of(self._engine), int(found[2])
-        if mine > theirs:
-            return f"past: {mine} forwards of the training begun, {theirs} by rank {found[1]}"
-        return _stuck_in()
+        (forwards, micro_steps), theirs = self._progress(), (int(found[2]), int(found[3]))
+        if micro_steps > theirs[1]:
+            return f"past: {micro_steps} micro-steps trained, {theirs[1]} by rank {found[1]}"
+        kind, place = where(sys._current_frames().get(threading.main_thread().ident or 0))
+        if forwards <= theirs[0]:
+            return f"{kind}: in {place}" if kind else ""
+        kind = "blocked" if kind == "waiting" else "ahead"
+        more = f"{forwards} forwards of the training begun, {theirs[0]} by rank {found[1]}"
+        return f"{kind}: {more}; in {place}" if place else f"{kind}: {more}"
 
     def settled(self, cut: Cut, why: str) -> None:
         """A roll call is over; `why` holds an answer of some rank, if there was one."""
@@ -144,13 +165,17 @@ class RollCall:
             return
         now, (who, _, answer) = time.monotonic(), why.partition(": ")
         kind = answer.partition(":")[0]
-        if kind not in ("past", "stuck"):
+        if kind not in self._limits_s:
             self._first_seen.clear()
             return
-        key = who if kind == "past" else why
-        for_s = now - self._first_seen.setdefault(key, now)
-        if for_s >= (self._past_s if kind == "past" else self._stuck_s):
+        # What hangs does not move; one that trains on does.
+        key = f"{who} {kind}" if kind in ("past", "ahead") else why
+        if now - self._first_seen.setdefault(key, now) >= self._limits_s[kind]:
             self._conclude(why)
+
+    def _progress(self) -> tuple[int, int]:
+        """Forwards of the training that have begun, and micro-steps that are complete."""
+        return forwards_of(self._engine), int(getattr(self._engine, "micro_steps", 0))
 
     def _look_at(self, step: int) -> None:
         if step > int(self._engine.global_steps):
@@ -162,11 +187,17 @@ class RollCall:
             self._decided.set()
 
 
-def _stuck_s(error: BaseException | None) -> float:
-    """How long a rank has to hang to be believed: not long where this one ended with an error."""
+def _limits_s(error: BaseException | None, *, is_midway: bool) -> dict[str, float]:
+    """How long each answer has to stay the same to be believed by a rank that `error` has ended.
+
+    Not long after an error: then this rank's part of the training will not come. Nor in the middle
+    of a step, whose collectives the others wait in: this rank had been in those before it.
+    """
     if has_failed(error):
-        return PAST_S
-    return DOUBTFUL_STUCK_S if isinstance(error, UnknownExit) else STUCK_S
+        return {"past": 0.0, "blocked": 0.0, "ahead": 0.0, "waiting": PAST_S, "stuck": PAST_S}
+    stuck_s = DOUBTFUL_STUCK_S if isinstance(error, UnknownExit) else STUCK_S
+    waiting_s = min(stuck_s, WAITING_S) if is_midway else stuck_s
+    return {"past": PAST_S, "blocked": PAST_S, "waiting": waiting_s, "stuck": stuck_s}
 
 
 def is_roll_call(cut: Cut) -> bool:
@@ -174,13 +205,18 @@ def is_roll_call(cut: Cut) -> bool:
     return cut.source.startswith(ROLL_CALL)
 
 
-def _stuck_in() -> str:
-    """Where in a call of its engine the main thread is, in words that change when it moves."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+def where(frame: FrameType | None) -> tuple[str, str]:
+    """Whether a thread that is there is waiting, stuck or neither (""), and words for the place.
+
+    They change when the thread moves.
+    """
+    is_collective = frame is not None and is_of_collectives(frame.f_code.co_filename)
     places, is_inside = [], False
     while frame is not None:
         code = frame.f_code
         is_inside |= code.co_name in _CALLS and any(part in code.co_filename for part in _ENGINES)
         places.append(f"{code.co_name}+{frame.f_lasti}")
         frame = frame.f_back
-    return f"stuck: in {' '.join(places[:8])}" if is_inside else ""
+    if not is_inside:
+        return "", ""
+    return "waiting" if is_collective else "stuck", " ".join(places[:8])

@@ -168,11 +168,11 @@ def test_an_error_in_one_rank_ends_the_others_with_76(tmp_path):
 @pytest.mark.parametrize(
     ("case", "codes", "why"),
     [
-        ("exiting", [76, 75], "past: 4 forwards of the training begun, 3 by rank 1"),
-        ("raising", [76, 75], "rank 0: stuck: in "),
-        pytest.param("returning", [76, 76], "past: 4 forwards", marks=pytest.mark.full),
+        ("exiting", [76, 75], "4 forwards of the training begun, 3 by rank 1"),
+        ("raising", [76, 75], "rank 0: waiting: in "),
+        pytest.param("returning", [76, 76], "blocked: 4 forwards", marks=pytest.mark.full),
         pytest.param("handled", [76, 76], "update 4 has begun here", marks=pytest.mark.full),
-        pytest.param("finally_closing", [76, 1], "rank 0: stuck: in ", marks=pytest.mark.full),
+        pytest.param("finally_closing", [76, 1], "rank 0: waiting: in ", marks=pytest.mark.full),
     ],
 )
 def test_any_end_of_one_rank_alone_ends_the_others_with_76(case, codes, why, tmp_path):
@@ -183,6 +183,14 @@ def test_any_end_of_one_rank_alone_ends_the_others_with_76(case, codes, why, tmp
     after_s = ended[0].at + time.time() - time.monotonic() - float((tmp_path / "ended").read_text())
     assert after_s < 20, texts
     assert sealed(tmp_path).sealed == (), "of a step that one rank has left in the middle"
+
+
+@pytest.mark.full
+def test_a_rank_that_goes_on_using_the_model_alone_is_waited_for(tmp_path):
+    ended = run_alone(2, "generating", tmp_path)
+    texts = "\n".join(rank.stderr for rank in ended)
+    assert [rank.returncode for rank in ended] == [0, 0], texts
+    assert [info.step for info in sealed(tmp_path).sealed] == [3], texts
 
 
 def await_no_saver(folder: Path) -> None:

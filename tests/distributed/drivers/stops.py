@@ -26,6 +26,7 @@ RANK = int(os.environ["RANK"])
 STOP_STEP = 5
 STAGE = 0 if CASE in ("covered", "resumed") else 1
 PAUSE_S = 2
+GENERATES_S = 1.5
 AGREED_TIMEOUT_S = 60
 
 any_agreed, stop_agreed = threading.Event(), threading.Event()
@@ -193,6 +194,14 @@ def returning(engine, checkpointer) -> None:
         say_end()
         return
     train(engine, 100)
+
+
+def generating(engine, checkpointer) -> None:
+    """Rank 0 alone uses what was trained for longer, and has not told the model so."""
+    train(engine, 3)
+    end = time.monotonic() + GENERATES_S * (RANK == 0)
+    while time.monotonic() < end:
+        engine(torch.ones(2, 16).bfloat16())
 
 
 def handled(engine, checkpointer) -> None:

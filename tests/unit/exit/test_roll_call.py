@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,7 +15,7 @@ from spotspeed import roll_call as roll_calls
 from spotspeed.coordinator.coordinator import Cut
 from spotspeed.errors import CaptureError, CoordinationError
 from spotspeed.exit import UnknownExit
-from spotspeed.roll_call import RollCall, is_roll_call
+from spotspeed.roll_call import RollCall, is_roll_call, where
 from spotspeed.state import boundary
 
 WAIT_S = 20.0
@@ -21,8 +25,8 @@ def cut_of(source: str, step: int = 3, *, stop: bool = False) -> Cut:
     return Cut(1, step, stop, "c0001", 0, source, None, ())
 
 
-def engine_at(step: int, *, forwards: int) -> SimpleNamespace:
-    engine = SimpleNamespace(global_steps=step)
+def engine_at(step: int, *, forwards: int, micro_steps: int = 3) -> SimpleNamespace:
+    engine = SimpleNamespace(global_steps=step, micro_steps=micro_steps)
     vars(engine)[boundary._KEY] = SimpleNamespace(forwards=forwards)
     return engine
 
@@ -30,12 +34,15 @@ def engine_at(step: int, *, forwards: int) -> SimpleNamespace:
 class Others:
     """What the other ranks answer to every question of rank 1, which stands at step 3."""
 
-    def __init__(self, answer: str = "", *, step: int = 3) -> None:
+    def __init__(self, answer: str = "", *, step: int = 3, midway: int = 0) -> None:
         self.answer, self.step = answer, step
         self.asked = threading.Event()
         self.gone = threading.Event()
         coordinator = SimpleNamespace(request_snapshot=self.reply, desert=self.gone.set)
-        self.roll_call = RollCall(engine_at(3, forwards=3), 1, coordinator)
+        engine = engine_at(3, forwards=3)
+        self.roll_call = RollCall(engine, 1, coordinator)
+        self.roll_call.updated()
+        vars(engine)[boundary._KEY].forwards += midway
 
     def reply(self, source: str) -> None:
         cut = cut_of(source, self.step)
@@ -55,13 +62,25 @@ class Others:
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roll_calls, "ASK_S", 0.01)
     monkeypatch.setattr(roll_calls, "PAST_S", 0.02)
+    monkeypatch.setattr(roll_calls, "WAITING_S", 0.02)
     monkeypatch.setattr(roll_calls, "DOUBTFUL_STUCK_S", 0.02)
 
 
 def test_a_rank_that_ends_while_another_trains_on_deserts_and_says_why() -> None:
-    others = Others("past: 4 forwards of the training begun, 3 by rank 1")
-    with pytest.raises(CoordinationError, match="rank 0: past: 4 forwards"):
+    others = Others("past: 4 micro-steps trained, 3 by rank 1")
+    with pytest.raises(CoordinationError, match="rank 0: past: 4 micro-steps"):
         others.wait()
+
+
+@pytest.mark.parametrize("answer", ["blocked: 4 forwards; in all_reduce+1", "waiting: in reduce+1"])
+def test_a_rank_that_ends_in_a_step_believes_those_who_wait_in_its_collectives(answer) -> None:
+    with pytest.raises(CoordinationError, match=re.escape(answer)):
+        Others(answer, midway=1).wait()
+
+
+def test_after_an_error_a_forward_that_another_has_begun_is_reason_enough() -> None:
+    with pytest.raises(CoordinationError, match="ahead: 4 forwards"):
+        Others("ahead: 4 forwards of the training begun, 3 by rank 1").wait(SystemExit(1))
 
 
 def test_a_rank_that_ends_before_a_step_that_another_has_begun_deserts_at_once() -> None:
@@ -83,7 +102,9 @@ def test_after_an_error_a_rank_that_hangs_is_believed_to_wait(error: BaseExcepti
 
 
 @pytest.mark.parametrize("error", [None, SystemExit(0)])
-@pytest.mark.parametrize("answer", ["", "stuck: in all_reduce+1"])
+@pytest.mark.parametrize(
+    "answer", ["", "stuck: in all_reduce+1", "waiting: in reduce+1", "ahead: 9 forwards"]
+)
 def test_a_rank_that_ends_in_order_waits_for_those_that_take_longer(
     error: BaseException | None, answer: str
 ) -> None:
@@ -95,21 +116,48 @@ def test_a_rank_that_ends_in_order_waits_for_those_that_take_longer(
     assert not others.gone.is_set() and not others.roll_call.why
 
 
-def test_answers_tell_who_is_past_and_who_may_still_end() -> None:
-    def answer(source: str, rank: int = 0, forwards: int = 4) -> str:
-        return RollCall(engine_at(3, forwards=forwards), rank, None).answer(source)
+ASKED = "roll call by rank 1 after 3 forwards and 3 micro-steps"
 
-    asked = "roll call by rank 1 after 3 forwards"
-    assert answer(asked).startswith("past: 4 forwards of the training begun, 3 by rank 1")
-    assert answer(asked, forwards=3) == ""
-    assert answer(asked, rank=1) == ""
-    assert answer("periodic") == ""
+
+def test_answers_tell_who_is_past_and_who_may_still_end() -> None:
+    def answer(source: str, rank: int = 0, **progress: int) -> str:
+        return RollCall(engine_at(3, **progress), rank, None).answer(source)
+
+    trained = answer(ASKED, forwards=4, micro_steps=4)
+    assert trained == "past: 4 micro-steps trained, 3 by rank 1"
+    more = "ahead: 4 forwards of the training begun, 3 by rank 1"
+    assert answer(ASKED, forwards=4) == more
+    assert answer(ASKED, forwards=3) == ""
+    assert answer(ASKED, forwards=4, micro_steps=4, rank=1) == ""
+    assert answer("periodic", forwards=4, micro_steps=4) == ""
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "kind"),
+    [
+        ("deepspeed/runtime/engine.py", "torch/distributed/c10d.py", "waiting"),
+        ("deepspeed/runtime/engine.py", "torch/nn/linear.py", "stuck"),
+        ("script.py", "torch/distributed/c10d.py", ""),
+    ],
+)
+def test_a_rank_waits_in_a_collective_of_its_engine_only(outer, inner, kind) -> None:
+    def caller(file: str) -> Callable[[Callable[[], Any]], Any]:
+        names: dict[str, Any] = {}
+        code = "def backward(call):\n    return call()\n"
+        exec(compile(code, f"/site/{file}", "exec"), names)
+        return names["backward"]
+
+    found, place = caller(outer)(lambda: caller(inner)(lambda: where(sys._getframe(1))))
+    assert found == kind
+    assert place.startswith("backward+" if kind else "")
 
 
 def test_a_rank_that_has_ended_itself_is_past_nobody() -> None:
     others = Others()
     with others.roll_call.calling(None):
-        assert others.roll_call.answer("roll call by rank 0 after 1 forwards") == ""
+        assert (
+            others.roll_call.answer("roll call by rank 0 after 1 forwards and 1 micro-steps") == ""
+        )
 
 
 def test_what_an_interrupted_update_has_left_is_refused() -> None:
