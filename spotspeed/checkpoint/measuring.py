@@ -21,12 +21,14 @@ def measure_store(
 ) -> tuple[float, float]:
     """(bytes per second made durable, seconds until a small object is durable) of one writer.
 
-    Writes for `limit_s` or `limit_bytes`, and removes what it has written.
+    Writes for `limit_s` or `limit_bytes`, at least one chunk (opening alone may take longer than
+    that), and removes what it has written.
     """
     key, chunk = f"{PROBE_KEY}{secrets.token_hex(8)}", os.urandom(min(CHUNK_BYTES, limit_bytes))
     began = time.monotonic()
     try:
         with storage.writer(key) as writer:
+            writer.write(chunk)
             while time.monotonic() - began < limit_s and writer.position < limit_bytes:
                 writer.write(chunk)
             size_bytes = writer.position

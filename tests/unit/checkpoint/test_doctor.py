@@ -51,6 +51,11 @@ def test_a_measured_speed_counts_until_the_bytes_are_durable(tmp_path: Path) -> 
     assert 0 < seal_s < 10
 
 
+def test_a_store_that_takes_all_the_time_to_open_has_a_speed(tmp_path: Path) -> None:
+    bytes_s, _ = measure_store(open_storage(str(tmp_path)), limit_s=0.0, limit_bytes=4096)
+    assert bytes_s > 0
+
+
 def test_the_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text("a / ext4 rw 0 0\nb /shared nfs4 rw 0 0\nc /shared/fast lustre rw 0 0\n")
