@@ -158,6 +158,8 @@ class Buffers:
     ) -> None:
         if live is None or place.key in place.module._non_persistent_buffers_set:
             return
+        if found is None and not live.numel():
+            return  # Nothing is stored of a buffer without elements.
         what = "not in the checkpoint" if found is None else f"{found.dtype}{list(found.shape)}"
         dtype, shape = _geometry(live)
         raise InvalidLayoutError(
