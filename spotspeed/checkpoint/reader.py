@@ -14,6 +14,7 @@ from spotspeed.checkpoint.arrays import to_numpy
 from spotspeed.checkpoint.fetch import Span, fetch, plan_spans
 from spotspeed.checkpoint.near import Near
 from spotspeed.checkpoint.parallel import in_parallel
+from spotspeed.checkpoint.regions import Regions, join
 from spotspeed.checkpoint.sealed import (
     OpenShard,
     objects_of,
@@ -116,20 +117,25 @@ class CheckpointReader:
         buffer of another size.
         """
         targets = [_target(fragment, buffer) for fragment, buffer in requests]
-        wanted_bytes, spans = self.plan([fragment for fragment, _ in requests])
-        bytes_read = self.read_spans(spans, targets)
+        regions = join(targets)
+        wanted_bytes, spans = self.plan([fragment for fragment, _ in requests], regions)
+        bytes_read = self.read_spans(spans, regions.views)
         chunks = sum(len(span.chunks) for span in spans)
         return ReadReport(wanted_bytes, bytes_read, len(spans), chunks)
 
-    def plan(self, fragments: Sequence[Fragment]) -> tuple[int, list[Span]]:
+    def plan(
+        self, fragments: Sequence[Fragment], regions: Regions | None = None
+    ) -> tuple[int, list[Span]]:
         """The bytes of `fragments`, and the reads of whole chunks that serve them.
 
-        Raises InvalidLayoutError when the checkpoint does not hold what is asked.
+        They go into `regions`, where the fragments' targets have been joined to such. Raises
+        InvalidLayoutError when the checkpoint does not hold what is asked.
         """
         shards, spans = self._open(), list[Span]()
         plan = plan_reads(self._tensors, fragments)
         for shard, transfers in plan.by_shard().items():
-            spans += plan_spans(shards[shard], transfers)
+            moved = transfers if regions is None else regions.move(transfers)
+            spans += plan_spans(shards[shard], moved)
         return plan.size_bytes, spans
 
     def read_spans(self, spans: Sequence[Span], targets: Sequence[memoryview]) -> int:
