@@ -17,6 +17,7 @@ from spotspeed.state.parameters import (
 )
 from spotspeed.state.partition import Partition, Resident
 from spotspeed.state.probe import check_geometry, require
+from spotspeed.state.spreading import spread
 
 
 class Bf16Layout:
@@ -68,10 +69,13 @@ class Bf16Layout:
         return names_by_group(self.optimizer, self._names, groups)
 
     def share_weights(self) -> None:
+        parts, groups = self._wrapper.bf16_partitioned_groups, self._wrapper.real_dp_process_group
+        if spread(parts, groups):
+            return
         all_gather_dp_groups(
             groups_flat=self._wrapper.bf16_groups_flat,
-            partitioned_param_groups=self._wrapper.bf16_partitioned_groups,
-            dp_process_group=self._wrapper.real_dp_process_group,
+            partitioned_param_groups=parts,
+            dp_process_group=groups,
             start_alignment_factor=self._wrapper.nccl_start_alignment_factor,
             allgather_bucket_size=self._wrapper.allgather_bucket_size,
         )

@@ -19,6 +19,7 @@ from spotspeed.state.parameters import (
 )
 from spotspeed.state.partition import OwnState, Partition, Resident, Slot
 from spotspeed.state.probe import check_geometry, require
+from spotspeed.state.spreading import spread
 
 
 class Zero12Layout:
@@ -77,10 +78,14 @@ class Zero12Layout:
         return names_by_group(self.optimizer, self._names, zip(masters, groups, strict=True))
 
     def share_weights(self) -> None:
+        parts = self._zero.parallel_partitioned_bit16_groups
+        groups = self._zero.real_dp_process_group
+        if spread(parts, groups):
+            return
         all_gather_dp_groups(
             groups_flat=self._zero.bit16_groups_flat,
-            partitioned_param_groups=self._zero.parallel_partitioned_bit16_groups,
-            dp_process_group=self._zero.real_dp_process_group,
+            partitioned_param_groups=parts,
+            dp_process_group=groups,
             start_alignment_factor=self._zero.nccl_start_alignment_factor,
             allgather_bucket_size=self._zero.allgather_bucket_size,
         )

@@ -27,6 +27,8 @@ CHECKS = (
     "what_is_not_supported_is_refused_by_name",
     "state_that_is_elsewhere_or_moves_is_neither_described_nor_filled",
     "secondary_shards_of_hpz_do_not_outlive_a_restore",
+    "partitions_reach_the_other_ranks_through_memory",
+    "all_ranks_fall_back_where_one_has_no_memory_to_share",
 )
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -32,6 +34,7 @@ from spotspeed.errors import (
     UnsupportedLayoutError,
 )
 from spotspeed.state.provider import provider_for
+from spotspeed.state.spreading import spread
 
 CHECKS: dict[str, Callable[[], None]] = {}
 
@@ -331,6 +334,40 @@ def secondary_shards_of_hpz_do_not_outlive_a_restore() -> None:
         assert torch.equal(weight, expected[key]), key
     other.module.train()
     assert train(other, 2) == train(engine, 2)
+
+
+def partitions(size: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(what each rank has to begin with, what each is to have), in one flat tensor."""
+    ranks, own = comm.get_world_size(), comm.get_rank()
+    generator = torch.Generator().manual_seed(seed)
+    expected = torch.randn(ranks * size, generator=generator).bfloat16().split(size)
+    flat = torch.zeros(ranks * size, dtype=torch.bfloat16)
+    begun = [flat.narrow(0, rank * size, size) for rank in range(ranks)]
+    begun[own].copy_(expected[own])
+    return begun, list(expected)
+
+
+@check
+def partitions_reach_the_other_ranks_through_memory() -> None:
+    group = comm.get_world_group()
+    cases = [partitions(size, seed) for seed, size in enumerate((1000, 1, 333, 64))]
+    found = [begun for begun, _ in cases]
+    assert spread(found, [group] * len(found), window_bytes=256, least_bytes=1)
+    for begun, expected in cases:
+        for own, wanted in zip(begun, expected, strict=True):
+            assert torch.equal(own, wanted)
+    assert not spread(found, [group] * len(found)), "so little is left to the collective"
+
+
+@check
+def all_ranks_fall_back_where_one_has_no_memory_to_share() -> None:
+    def cannot(*_: Any, **__: Any) -> int:
+        raise OSError("there is none")
+
+    begun, _ = partitions(1000, 1)
+    for call in ("memfd_create", "pwrite", "open"):
+        with mock.patch.object(os, call, cannot if comm.get_rank() == 1 else getattr(os, call)):
+            assert not spread([begun], [comm.get_world_group()], least_bytes=1), call
 
 
 def main() -> None:
