@@ -112,6 +112,7 @@ class Storage(Protocol):
         """Store `data` unless `key` exists; False, with nothing changed, when it does.
 
         Of several callers at most one gets True where `has_atomic_create`. Durable when True.
+        What can be seen beside `key` when this is called is durable before `key` exists.
         """
 
     def writer(self, key: str) -> Writer:

@@ -84,9 +84,12 @@ class LocalWriter(Writer):
         """Commit unless the key exists; False when it does. Either way the key is durable then.
 
         (The other writer may have made the name visible and not durable yet, and a caller that
-        finds its own bytes there takes them for its own.)
+        finds its own bytes there takes them for its own.) So is, before the key exists, every name
+        that the directory had when this was called: what is created is decided by what was seen
+        there, and others may not have made that durable yet.
         """
         with self._publishing() as directory:
+            self._disk.sync_directory(directory)
             is_new = self._link(directory)
         return is_new
 

@@ -164,6 +164,28 @@ def race_at_every_fsync(job: Job) -> None:
     one.delete_prefix("shared")
 
 
+def seal_at_every_fsync(job: Job) -> None:
+    """One saver tries to seal in the middle of each step by which another puts the last part.
+
+    It sees a receipt as soon as that has a name, which may be before the name is durable.
+    """
+    one, other = job.process(), job.process()
+    job.write(one, ticket(1, 10), 0)
+    is_sealing = False
+
+    def intervene(site: str) -> None:
+        nonlocal is_sealing
+        if not is_sealing:
+            is_sealing = True
+            job.seal(one, ticket(1, 10))
+            is_sealing = False
+
+    job.disk.before = intervene
+    job.write(other, ticket(1, 10), 1)
+    job.disk.before = lambda site: None
+    job.seal(other, ticket(1, 10))
+
+
 @pytest.fixture
 def workplace(tmp_path: Path) -> Iterator[Path]:
     """A directory in memory where there is one: thousands of states are laid out there."""
@@ -268,6 +290,14 @@ def test_a_hundred_thousand_crash_states_break_no_promise(workplace: Path) -> No
     assert states >= 100_000
 
 
+def test_a_crash_while_another_seals_what_has_just_got_a_name_breaks_no_promise(
+    workplace: Path,
+) -> None:
+    crash, broken, _ = explore(seal_at_every_fsync, workplace, per_point=200)
+    assert broken == []
+    assert crash.states >= 1000
+
+
 def test_a_crash_in_the_middle_of_a_race_breaks_no_promise(workplace: Path) -> None:
     crash, broken, _ = explore(race_at_every_fsync, workplace, per_point=30)
     assert broken == []
@@ -283,6 +313,7 @@ def _sites() -> list[str]:
         "local_tree._sync_ancestors: sync_directory",
         "local_writer._publishing: sync_directory",
         "local_writer._publishing: sync_file",
+        "local_writer.commit_new: sync_directory",
     ]
 
 
@@ -293,10 +324,10 @@ def test_the_list_of_fsyncs_is_the_code_s(workplace: Path) -> None:
 
 @pytest.mark.parametrize("site", _sites())
 def test_leaving_out_any_fsync_is_noticed(workplace: Path, site: str) -> None:
-    for scenario in (race_at_every_fsync, train_and_restart):
+    for scenario in (race_at_every_fsync, seal_at_every_fsync, train_and_restart):
         place = workplace / scenario.__name__
         place.mkdir()
-        _, broken, _ = explore(scenario, place, per_point=14, without=site, stop_at_first=True)
+        _, broken, _ = explore(scenario, place, per_point=30, without=site, stop_at_first=True)
         if broken:
             print(broken[0])
             return
