@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import queue
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from spotspeed.agent.incoming import IncomingSave
 from spotspeed.agent.sealing import HopelessError, Sealer
+from spotspeed.checkpoint.commit import LATEST_KEY, read_latest
 from spotspeed.checkpoint.shard import ShardWriter
 from spotspeed.core.chunks import StreamLayout, pack
 from spotspeed.core.interval import Interval
@@ -18,6 +20,7 @@ from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.core.saver_protocol import Begin
 from spotspeed.errors import SpotSpeedError, StorageError
+from spotspeed.storage.contract import ReadBuffer
 from spotspeed.storage.local import LocalStorage
 from tests.unit.agent.node_rig import until
 from tests.unit.checkpoint.test_full_disk import RefusingDisk
@@ -67,6 +70,79 @@ def test_all_who_wait_get_the_same_manifest(tmp_path: Path, outcomes: Outcomes) 
     results = dict(outcomes.get(timeout=LIMIT_S) for _ in range(2))
     assert set(results) == {0, 1}
     assert isinstance(results[0], Manifest) and results[0] == results[1]
+
+
+class HeldStorage(LocalStorage):
+    """Holds the writing of one key back until it is let go."""
+
+    def __init__(self, root: Path, key: str) -> None:
+        super().__init__(root)
+        self._key = key
+        self.began, self.let_go = threading.Event(), threading.Event()
+        self.times = 0
+
+    def _hold(self, key: str) -> None:
+        if key == self._key:
+            self.times += 1
+            self.began.set()
+            assert self.let_go.wait(LIMIT_S)
+
+    def put(self, key: str, data: ReadBuffer) -> None:
+        self._hold(key)
+        super().put(key, data)
+
+    def create(self, key: str, data: ReadBuffer) -> bool:
+        self._hold(key)
+        return super().create(key, data)
+
+
+def test_nobody_waits_for_the_hint_but_the_saver_that_leaves(
+    tmp_path: Path, outcomes: Outcomes
+) -> None:
+    storage = HeldStorage(tmp_path, LATEST_KEY)
+    sealer = Sealer(storage)
+    for rank in (0, 1):
+        _write(storage, rank)
+        _add(sealer, rank, outcomes)
+    for _ in range(2):
+        manifest = outcomes.get(timeout=LIMIT_S)[1]
+        assert isinstance(manifest, Manifest)
+    assert storage.began.wait(LIMIT_S) and read_latest(storage) is None
+    storage.let_go.set()
+    sealer.close()
+    assert read_latest(storage) == (TICKET.directory, manifest.digest)
+
+
+def test_a_hint_that_cannot_be_moved_ends_nothing(tmp_path: Path, outcomes: Outcomes) -> None:
+    disk = RefusingDisk()
+    storage = LocalStorage(tmp_path, disk=disk)
+    sealer = Sealer(storage)
+    for ticket in (TICKET, replace(TICKET, step=20)):
+        for rank in (0, 1):
+            _write(storage, rank, ticket)
+        disk.refuse("rename", 0, errno.ENOSPC)
+        _add(sealer, 0, outcomes, ticket=ticket)
+        assert isinstance(outcomes.get(timeout=LIMIT_S)[1], Manifest)
+        sealer.close()
+        disk.heal()
+    assert read_latest(storage) is None
+
+
+def test_who_comes_while_it_is_being_sealed_does_not_seal_it_again(
+    tmp_path: Path, outcomes: Outcomes
+) -> None:
+    storage = HeldStorage(tmp_path, TICKET.manifest_path)
+    sealer = Sealer(storage)
+    for rank in (0, 1):
+        _write(storage, rank)
+    _add(sealer, 0, outcomes)
+    assert storage.began.wait(LIMIT_S)
+    _add(sealer, 1, outcomes)
+    storage.let_go.set()
+    results = dict(outcomes.get(timeout=LIMIT_S) for _ in range(2))
+    assert isinstance(results[0], Manifest) and results[0] == results[1]
+    sealer.close()
+    assert storage.times == 1
 
 
 def test_a_receipt_of_another_node_is_found_without_being_told(
