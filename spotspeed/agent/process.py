@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NICE = 5
+"""A third of what the training gets of a core that both want, and all that it leaves idle.
+
+Not more: on a node whose cores are all taken, by loaders of data too, a save would take minutes.
+"""
 _LOG_BYTES_MAX = 1 << 20
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _IOPRIO_BEST_EFFORT_LOWEST = (2 << 13) | 7
@@ -105,13 +109,15 @@ def lower_priority() -> None:
     """Let the calling thread yield CPU and disk to the training, for good.
 
     Only a privileged process may raise the priority again; so the threads that store ordinary
-    saves are lowered, and those that store the save of a notice never were. What the kernel refuses
-    is left as it is.
+    saves are lowered, and those that store the save of a notice never were. A batch thread never
+    interrupts another when it wakes, as it does for each chunk and each answer of the disk. What
+    the kernel refuses is left as it is.
     """
     try:
         os.nice(NICE)
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     except OSError as error:
-        logging.getLogger("spotspeed").info("nice: %s", error)
+        logging.getLogger("spotspeed").info("lower priority: %s", error)
     number = _IOPRIO_SET.get(platform.machine())
     if number is not None:
         ctypes.CDLL(None).syscall(number, 1, 0, _IOPRIO_BEST_EFFORT_LOWEST)

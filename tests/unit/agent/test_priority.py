@@ -34,10 +34,12 @@ class WatchedStorage(LocalStorage):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.niceness: list[int] = []
+        self.policies: set[int] = set()
 
     def writer(self, key: str) -> Writer:
         if key.endswith(".shard"):
             self.niceness.append(own_niceness())
+            self.policies.add(os.sched_getscheduler(0))
         return super().writer(key)
 
 
@@ -78,8 +80,12 @@ def store_one(reason: str, folder: Path) -> WatchedStorage:
 
 
 def test_a_periodic_save_is_stored_by_a_thread_that_yields(tmp_path: Path) -> None:
-    assert set(store_one("periodic", tmp_path).niceness) == {min(19, own_niceness() + NICE)}
+    storage = store_one("periodic", tmp_path)
+    assert set(storage.niceness) == {min(19, own_niceness() + NICE)}
+    assert storage.policies == {os.SCHED_BATCH}
 
 
 def test_the_save_of_a_notice_is_stored_by_a_thread_that_does_not(tmp_path: Path) -> None:
-    assert set(store_one("notice", tmp_path).niceness) == {own_niceness()}
+    storage = store_one("notice", tmp_path)
+    assert set(storage.niceness) == {own_niceness()}
+    assert storage.policies == {os.sched_getscheduler(0)}
