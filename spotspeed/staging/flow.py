@@ -11,7 +11,9 @@ from spotspeed.core.saver_protocol import Chunks, Need
 from spotspeed.staging.client import SaverSession
 
 BATCH_BYTES = 16 * 1024 * 1024
-"""Chunks are claimed, copied and handed to the saver in batches of about this size."""
+"""Chunks are claimed, copied and handed to the saver in batches of up to about this size."""
+FIRST_BATCH_BYTES = 2 * 1024 * 1024
+"""The size of the first batch; each is twice the last. The disk is not to wait for a whole one."""
 
 
 class ChunkFlow:
@@ -21,9 +23,10 @@ class ChunkFlow:
         self.session, self.layout, self.number = session, layout, number
         self.stalled_s = 0.0
         """Seconds spent waiting for a free slot."""
+        self._batch_bytes = min(FIRST_BATCH_BYTES, BATCH_BYTES)
         self._next = 0
         self._filled: dict[int, int] = {}
-        self._sent = 0
+        self._sent = self._sent_bytes = 0
         self._has_ended = self._is_closed = False
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
@@ -32,13 +35,13 @@ class ChunkFlow:
     def sent_bytes(self) -> int:
         """Bytes of the chunks that have been handed over."""
         with self._lock:
-            return sum(chunk.size_bytes for chunk in self.layout.chunks[: self._sent])
+            return self._sent_bytes
 
     def claim(self, deadline: float | None) -> dict[int, int]:
         """The next chunks and a slot for each; waits only for the first slot."""
         claimed: dict[int, int] = {}
         size = 0
-        while self._next < len(self.layout.chunks) and size < BATCH_BYTES:
+        while self._next < len(self.layout.chunks) and size < self._batch_bytes:
             slot = self.session.pool.acquire(timeout_s=0)
             if slot is None and not claimed:
                 slot = self._wait_slot(deadline)
@@ -47,6 +50,7 @@ class ChunkFlow:
             claimed[self._next] = slot
             size += self.layout.chunks[self._next].size_bytes
             self._next += 1
+        self._batch_bytes = min(2 * self._batch_bytes, BATCH_BYTES)
         return claimed
 
     def fill(self, claimed: dict[int, int]) -> bool:
@@ -78,8 +82,9 @@ class ChunkFlow:
                 is_last = stop == len(self.layout.chunks)
                 chunks = self.layout.chunks[self._sent : stop]
                 size = sum(chunk.size_bytes for chunk in chunks)
-                if not (eager or is_last or size >= BATCH_BYTES):
+                if not (eager or is_last or size >= min(BATCH_BYTES, self._sent_bytes)):
                     return False
+                self._sent_bytes += size
                 first, self._sent, self._has_ended = self._sent, stop, is_last
                 slots = tuple(self._filled.pop(chunk) for chunk in range(first, stop))
             if slots:
