@@ -38,15 +38,13 @@ class SlotLedger:
                     raise FormatError(f"slot {slot} of {self._slot_count} is not the rank's")
                 self._holder[slot] = save
 
-    def written(self, slot: int) -> None:
-        """A chunk has been written; its slot is kept, or freed when the rank waits for one.
+    def written(self, slots: Iterable[int]) -> None:
+        """Chunks have been written; their slots are kept, or freed when the rank waits for some.
 
-        Harmless when the slot has meanwhile been given up with its save.
+        Harmless when they have meanwhile been given up with their save.
         """
         with self._lock:
-            if slot not in self._holder:
-                return
-            self._written.append(slot)
+            self._written += (slot for slot in slots if slot in self._holder)
             self._give(self._claim())
 
     def need(self, count: int) -> None:

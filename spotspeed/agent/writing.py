@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -27,8 +27,14 @@ from spotspeed.core.manifest import Receipt
 from spotspeed.errors import CorruptionError, ObjectNotFoundError, SpotSpeedError, StorageError
 from spotspeed.storage.contract import Storage
 
+RUN_BYTES = 1024 * 1024
+"""Chunks that follow each other are encoded and written together up to about this size.
+
+Effect: 53 MB in chunks of 256 KiB take a third less processor time, most of which is what it takes
+two threads to hand each other a chunk and a disk to be asked for it.
+"""
 LOOKAHEAD = 4
-"""Chunks encoded ahead of the one being written."""
+"""Runs encoded ahead of the one being written."""
 RETRY_S = 5.0
 """How long a failing store is tried again while the rank lives and its chunks are in memory."""
 ORPHAN_RETRY_S = 60.0
@@ -134,11 +140,11 @@ class _Writing:
         is_remote = node is None and "://" in workshop.storage.url
         self.meter = Meter(encoder_threads(), is_side_by_side=is_remote)
 
-    def encode(self, index: int, view: memoryview) -> EncodedChunk:
-        return self.meter.encoding(self.writer.encode, index, view)
+    def encode_all(self, first: int, views: Sequence[memoryview]) -> list[EncodedChunk]:
+        return self.meter.encoding(self.writer.encode_all, first, views)
 
-    def put(self, chunk: EncodedChunk) -> None:
-        self._insist(lambda: self.meter.writing(self.writer.put, chunk))
+    def put_all(self, chunks: Sequence[EncodedChunk]) -> None:
+        self._insist(lambda: self.meter.writing(self.writer.put_all, chunks))
 
     def finish(self) -> Receipt:
         objects = self._save.objects or ()
@@ -238,9 +244,9 @@ def _discard_objects(save: IncomingSave, storage: Storage) -> None:
 class Press(Protocol):
     """Makes chunks of slots, on any thread, and puts them into a file, in order."""
 
-    def encode(self, index: int, view: memoryview, /) -> EncodedChunk: ...
+    def encode_all(self, first: int, views: Sequence[memoryview], /) -> list[EncodedChunk]: ...
 
-    def put(self, chunk: EncodedChunk, /) -> None: ...
+    def put_all(self, chunks: Sequence[EncodedChunk], /) -> None: ...
 
 
 def _put_chunks(
@@ -254,19 +260,20 @@ def _put_chunks(
 
     Yields, after each, how far the save's raw stream is written.
     """
-    ahead: deque[tuple[int, Future[EncodedChunk]]] = deque()
+    ahead: deque[tuple[list[int], Future[list[EncodedChunk]]]] = deque()
     layout, first = file
     try:
-        stop = first + len(layout.chunks)
-        for index in range(first, stop):
+        index, stop = first, first + len(layout.chunks)
+        while index < stop:
             with waits.for_chunks():
-                _encode_ahead(save, workshop, press.encode, ahead, (first, index, stop))
-            slot, encoding = ahead.popleft()
+                _encode_ahead(save, workshop, press.encode_all, ahead, (first, index, stop))
+            slots, encoding = ahead.popleft()
             with waits.for_encoders():
-                chunk = encoding.result()
-            press.put(chunk)
-            workshop.ledger.written(slot)
-            yield save.layout.chunks[index].raw_stop
+                chunks = encoding.result()
+            press.put_all(chunks)
+            workshop.ledger.written(slots)
+            index += len(slots)
+            yield save.layout.chunks[index - 1].raw_stop
     finally:
         # The encoders read slots that are given back once this save is settled.
         wait([encoding for _, encoding in ahead])
@@ -275,22 +282,38 @@ def _put_chunks(
 def _encode_ahead(
     save: IncomingSave,
     workshop: Workshop,
-    encode: Callable[[int, memoryview], EncodedChunk],
-    ahead: deque[tuple[int, Future[EncodedChunk]]],
+    encode: Callable[[int, Sequence[memoryview]], list[EncodedChunk]],
+    ahead: deque[tuple[list[int], Future[list[EncodedChunk]]]],
     at: tuple[int, int, int],
 ) -> None:
-    """Keep up to LOOKAHEAD chunks being encoded; waits only for the first.
+    """Keep up to LOOKAHEAD runs being encoded; waits only for the first chunk of the first.
 
     `at` are numbers in the save: the file's first chunk, the one to be put next, and the file's
     end.
     """
     first, index, end = at
-    for number in range(index + len(ahead), min(index + LOOKAHEAD, end)):
-        slot = save.slot(number, wait=number == index)
-        if slot is None:
+    number = index + sum(len(slots) for slots, _ in ahead)
+    while number < end and len(ahead) < LOOKAHEAD:
+        slots = _run(save, number, end, wait=not ahead)
+        if not slots:
             return
-        view = workshop.arena.view(slot, save.layout.chunks[number].size_bytes)
-        ahead.append((slot, workshop.encoders.submit(encode, number - first, view)))
+        views = [workshop.arena.view(slot, save.layout.chunks[chunk].size_bytes)
+                 for chunk, slot in enumerate(slots, number)]  # fmt: skip
+        ahead.append((slots, workshop.encoders.submit(encode, number - first, views)))
+        number += len(slots)
+
+
+def _run(save: IncomingSave, number: int, end: int, *, wait: bool) -> list[int]:
+    """The slots of the chunks from `number` on that have come, RUN_BYTES of them or a few more."""
+    slots: list[int] = []
+    size_bytes = 0
+    while number + len(slots) < end and size_bytes < RUN_BYTES:
+        slot = save.slot(number + len(slots), wait=wait and not slots)
+        if slot is None:
+            break
+        size_bytes += save.layout.chunks[number + len(slots)].size_bytes
+        slots.append(slot)
+    return slots
 
 
 def _policy(save: IncomingSave, workshop: Workshop) -> CodecPolicy:

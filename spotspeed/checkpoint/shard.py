@@ -126,19 +126,29 @@ class ShardWriter:
         raw_digest = None if frame.codec == CODEC_RAW else digest(buffer)
         return EncodedChunk(index, frame, digest(frame.payload), raw_digest, buffer)
 
-    def put(self, chunk: EncodedChunk) -> None:
-        """Append an encoded chunk; it must be the next one. Its buffer is free on return."""
-        if chunk.index != len(self._records):
-            raise ValueError(f"chunk {chunk.index} was put, {len(self._records)} is next")
-        self._pad()
-        span = self._layout.chunks[chunk.index]
-        record = ChunkRecord(
-            span.raw_offset, span.size_bytes, self._position, len(chunk.frame.payload),
-            chunk.frame.codec, chunk.stored_digest, chunk.raw_digest,
-        )  # fmt: skip
-        self._write(chunk.frame.payload)
-        self._records.append(record)
-        if self._hashers:
+    def encode_all(self, first: int, buffers: Sequence[Buffer]) -> list[EncodedChunk]:
+        """`encode` of the chunks from `first` on."""
+        return [self.encode(index, buffer) for index, buffer in enumerate(buffers, first)]
+
+    def put_all(self, chunks: Sequence[EncodedChunk]) -> None:
+        """Append encoded chunks, which must be the next ones. Their buffers are free on return."""
+        buffers: list[Buffer] = []
+        records: list[ChunkRecord] = []
+        position = self._position
+        for number, chunk in enumerate(chunks, len(self._records)):
+            if chunk.index != number:
+                raise ValueError(f"chunk {chunk.index} was put, {number} is next")
+            start, payload = align_frame(position), chunk.frame.payload
+            buffers += (_ZEROS[: start - position], payload) if start > position else (payload,)
+            span = self._layout.chunks[chunk.index]
+            records.append(ChunkRecord(
+                span.raw_offset, span.size_bytes, start, len(payload),
+                chunk.frame.codec, chunk.stored_digest, chunk.raw_digest,
+            ))  # fmt: skip
+            position = start + len(payload)
+        self._write(*buffers)
+        self._records += records
+        for chunk in chunks if self._hashers else ():
             raw = memoryview(chunk.raw)
             for part in self._layout.segments(chunk.index):
                 data = raw[part.chunk_offset : part.chunk_offset + part.size_bytes]
@@ -146,7 +156,7 @@ class ShardWriter:
 
     def put_chunk(self, index: int, buffer: Buffer) -> None:
         """Encode and append chunk `index`; the next one in order. `buffer` is free on return."""
-        self.put(self.encode(index, buffer))
+        self.put_all((self.encode(index, buffer),))
 
     def finish(self, objects: Sequence[ObjectRecord] = ()) -> Receipt:
         """Write index and footer, make the shard durable, then its receipt; return the receipt.
@@ -268,13 +278,13 @@ class ShardWriter:
         if gap:
             self._write(_ZEROS[:gap])
 
-    def _write(self, buffer: Buffer) -> None:
+    def _write(self, *buffers: Buffer) -> None:
         try:
-            self._writer.write(buffer)
+            self._writer.write_all(buffers)
         except StorageError as error:
             left = largest_file_bytes(self._layout) - self._position
             raise type(error)(f"{error} (up to {left} bytes of this file are missing)") from error
-        self._position += len(buffer)
+        self._position += sum(map(len, buffers))
 
 
 def largest_file_bytes(layout: StreamLayout) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from spotspeed.errors import StorageError
 from spotspeed.storage import posix
@@ -50,16 +50,21 @@ class LocalWriter(Writer):
         return self._position
 
     def write(self, buffer: ReadBuffer) -> None:
-        file, view, done = self._open_file(), as_bytes_view(buffer), 0
+        self.write_all((buffer,))
+
+    def write_all(self, buffers: Sequence[ReadBuffer]) -> None:
+        file, views = self._open_file(), [as_bytes_view(buffer) for buffer in buffers]
+        done, size_bytes = 0, sum(map(len, views))
         try:
-            while done < len(view):
-                done += self._write_some(file, view[done:], self._position + done)
+            while done < size_bytes:
+                count = self._write_some(file, views, self._position + done)
+                done, views = done + count, _behind(views, count)
         except OSError as error:
             raise storage_error(
                 "write", f"{self._place} at byte {self._position}", error,
-                done_bytes=done, size_bytes=len(view),
+                done_bytes=done, size_bytes=size_bytes,
             ) from error  # fmt: skip
-        self._position += len(view)
+        self._position += size_bytes
         if self._position - self._started >= WRITEBACK_BYTES:
             self._disk.start_writeback(file, self._started, self._position - self._started)
             self._started = self._position
@@ -116,22 +121,31 @@ class LocalWriter(Writer):
         finally:
             self.abort()
 
-    def _write_some(self, file: int, view: memoryview, offset: int) -> int:
-        """Write the beginning of `view`, as much as one call takes; returns how much that was."""
-        whole = len(view) - len(view) % posix.ALIGNMENT_BYTES
-        if (
-            self._is_direct
-            and whole >= DIRECT_BYTES
-            and offset % posix.ALIGNMENT_BYTES == 0
-            and posix.is_aligned(view)
-        ):
+    def _write_some(self, file: int, views: Sequence[memoryview], offset: int) -> int:
+        """Write the beginning of `views`, as much as one call takes; returns how much that was."""
+        direct = self._direct_part(views, offset)
+        if direct:
             try:
-                return self._disk.write_direct(file, view[:whole], offset)
+                return self._disk.write_direct(file, direct, offset)
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
                 self._is_direct = False
-        return self._disk.write(file, view, offset)
+        return self._disk.write(file, next(filter(len, views)), offset)
+
+    def _direct_part(self, views: Sequence[memoryview], offset: int) -> list[memoryview]:
+        """The beginning of `views` that may be written past the page cache and is worth it."""
+        if not self._is_direct or offset % posix.ALIGNMENT_BYTES:
+            return []
+        part: list[memoryview] = []
+        for view in views:
+            whole = len(view) - len(view) % posix.ALIGNMENT_BYTES
+            if not whole or not posix.is_aligned(view):
+                break
+            part.append(view[:whole])
+            if whole < len(view):
+                break
+        return part if sum(map(len, part)) >= DIRECT_BYTES else []
 
     def _link(self, directory: int) -> bool:
         try:
@@ -164,6 +178,15 @@ class LocalWriter(Writer):
         if self._file is None:
             raise ValueError(f"{self._place}: the writer is closed")
         return self._file
+
+
+def _behind(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What of `views` follows their first `count` bytes."""
+    left: list[memoryview] = []
+    for view in views:
+        left += [view[count:]] if count < len(view) else []
+        count = max(0, count - len(view))
+    return left
 
 
 def _is_same_file(directory: int, one: str, other: str) -> bool:

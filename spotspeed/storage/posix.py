@@ -12,6 +12,7 @@ import errno
 import fcntl
 import functools
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -45,8 +46,11 @@ class Disk(Protocol):
     def write(self, file: int, data: memoryview, offset: int) -> int:
         """Write at `offset`; returns how many bytes were taken, maybe fewer than given."""
 
-    def write_direct(self, file: int, data: memoryview, offset: int) -> int:
-        """Like `write`, past the page cache; address, offset and size are aligned."""
+    def write_direct(self, file: int, data: Sequence[memoryview], offset: int) -> int:
+        """Like `write`, one after the other and past the page cache.
+
+        Addresses, offset and sizes are aligned.
+        """
 
     def start_writeback(self, file: int, offset: int, size_bytes: int) -> None:
         """Ask for the range to be written soon; promises nothing."""
@@ -105,11 +109,11 @@ class PosixDisk:
     def write(self, file: int, data: memoryview, offset: int) -> int:
         return os.pwrite(file, data, offset)
 
-    def write_direct(self, file: int, data: memoryview, offset: int) -> int:
+    def write_direct(self, file: int, data: Sequence[memoryview], offset: int) -> int:
         flags = fcntl.fcntl(file, fcntl.F_GETFL)
         fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
         try:
-            return os.pwrite(file, data, offset)
+            return os.pwritev(file, data, offset)
         finally:
             fcntl.fcntl(file, fcntl.F_SETFL, flags)
 

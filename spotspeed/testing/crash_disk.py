@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -83,10 +83,10 @@ class RecordingDisk:
         self._record("write", file, offset=offset, data=bytes(data[:count]))
         return count
 
-    def write_direct(self, file: int, data: memoryview, offset: int) -> int:
+    def write_direct(self, file: int, data: Sequence[memoryview], offset: int) -> int:
         # Past the page cache is not on stable storage: the device has a cache of its own.
         count = self._disk.write_direct(file, data, offset)
-        self._record("write", file, offset=offset, data=bytes(data[:count]))
+        self._record("write", file, offset=offset, data=b"".join(data)[:count])
         return count
 
     def start_writeback(self, file: int, offset: int, size_bytes: int) -> None:

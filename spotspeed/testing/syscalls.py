@@ -32,8 +32,10 @@ _LINE = re.compile(
 )
 _DESCRIPTOR = re.compile(r"(-?\d+|AT_FDCWD)<(.*)>(?:\(deleted\))?")
 _TEXT = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
-_UNSEEN = frozenset({"copy_file_range", "splice", "fallocate", "pwritev", "pwritev2",
-                     "symlink", "symlinkat", "openat2", "sync", "syncfs"})  # fmt: skip
+_PLACED = frozenset({"pwrite64", "pwritev", "pwritev2"})
+"""Writes that say where; the file's own place stays as it is."""
+_UNSEEN = frozenset({"copy_file_range", "splice", "fallocate", "symlink",
+                     "symlinkat", "openat2", "sync", "syncfs"})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +173,10 @@ class _Tree:
         data = data[:result]
         if len(data) < result:
             raise UnseenChangeError(f"{name}: {result} bytes written, {len(data)} in the log")
-        offset = int(arguments[3]) if name == "pwrite64" else self._places.get(node, 0)
-        if name != "pwrite64":
+        if name in _PLACED:
+            offset = int(arguments[-2 if name == "pwritev2" else -1])
+        else:
+            offset = self._places.get(node, 0)
             self._places[node] = offset + result
         self._sizes[node] = max(self._sizes.get(node, 0), offset + result)
         yield Operation("write", node, offset=offset, data=data)
@@ -263,8 +267,8 @@ class _Tree:
 
 _HANDLERS = {
     "open": "open", "openat": "open", "creat": "open", "write": "write", "writev": "write",
-    "pwrite64": "write", "sendfile": "copy", "lseek": "seek", "truncate": "truncate",
-    "ftruncate": "truncate",
+    "pwrite64": "write", "pwritev": "write", "pwritev2": "write", "sendfile": "copy",
+    "lseek": "seek", "truncate": "truncate", "ftruncate": "truncate",
     "fsync": "sync", "fdatasync": "sync", "rename": "rename", "renameat": "rename",
     "renameat2": "rename", "link": "link", "linkat": "link", "unlink": "remove",
     "unlinkat": "remove", "rmdir": "remove", "mkdir": "make", "mkdirat": "make",

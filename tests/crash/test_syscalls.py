@@ -115,6 +115,7 @@ def test_each_call_is_read_as_what_it_did(tmp_path):
         os.lseek(file, 1, 0)
         os.writev(file, [b"N", b"E"])
         os.pwrite(file, b"!", 9)
+        os.pwritev(file, [b"a", b"", b"bc"], 6)
         os.fsync(file)
         directory = os.open(top + "d", os.O_RDONLY)
         os.rename(".tmp", "a", src_dir_fd=directory, dst_dir_fd=directory)

@@ -27,8 +27,7 @@ def test_written_slots_are_kept_until_the_rank_needs_them() -> None:
     ledger = SlotLedger(SLOTS, rank.receive)
     ledger.take(1, [0, 1, 2])
     rank.free -= {0, 1, 2}
-    ledger.written(0)
-    ledger.written(1)
+    ledger.written((0, 1))
     assert rank.free == {3, 4}
     assert ledger.is_repeatable(1)
     ledger.need(1)
@@ -45,8 +44,8 @@ def test_a_need_is_met_by_the_next_chunk_written() -> None:
     ledger.take(1, range(SLOTS))
     rank.free.clear()
     ledger.need(1)
-    ledger.written(4)
-    ledger.written(3)
+    ledger.written((4,))
+    ledger.written((3,))
     assert rank.free == {4}
 
 
@@ -79,7 +78,7 @@ class _Traffic(RuleBasedStateMachine):
     @precondition(lambda self: self.unwritten)
     @rule()
     def write(self) -> None:
-        self.ledger.written(self.unwritten.pop(0)[1])
+        self.ledger.written((self.unwritten.pop(0)[1],))
 
     @rule()
     def need(self) -> None:

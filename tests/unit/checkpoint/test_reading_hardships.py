@@ -201,7 +201,7 @@ def sealed_frames(fragment, frame, raw_digest, chunk_bytes):
     layout = pack([fragment], chunk_bytes=chunk_bytes)
     with ShardWriter(storage, ticket, 0, layout) as writer:
         for chunk in layout.chunks:
-            writer.put(EncodedChunk(chunk.index, frame, digest(frame.payload), raw_digest))
+            writer.put_all([EncodedChunk(chunk.index, frame, digest(frame.payload), raw_digest)])
         writer.finish()
     receipts = {0: storage.get(ticket.receipt_path(0), 1 << 16)}
     manifest, data = seal_manifest(ticket, receipts)

@@ -108,7 +108,7 @@ def test_chunks_may_be_encoded_ahead_and_put_in_order(storage):
         encoded = [writer.encode(number, contents[number])
                    for number in reversed(range(len(contents)))]  # fmt: skip
         for item in reversed(encoded):
-            writer.put(item)
+            writer.put_all([item])
         receipt = writer.finish()
     assert {chunk.codec for chunk in open_shard(storage, receipt).index.chunks} == {1}
 

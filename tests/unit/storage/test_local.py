@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -187,8 +187,8 @@ class TellingDisk(PosixDisk):
         self.buffered.append(len(data))
         return super().write(file, data, offset)
 
-    def write_direct(self, file: int, data: memoryview, offset: int) -> int:
-        self.direct.append(len(data))
+    def write_direct(self, file: int, data: Sequence[memoryview], offset: int) -> int:
+        self.direct.append(sum(map(len, data)))
         return super().write_direct(file, data, offset)
 
 
@@ -208,6 +208,42 @@ def test_only_large_aligned_writes_go_past_the_page_cache(tmp_path: Path) -> Non
         if posix.takes_direct_writes(file.fileno()):
             assert disk.direct == [1 << 20, (1 << 20) - 4096]
     assert sum(disk.direct) + sum(disk.buffered) == len(content)
+
+
+def test_buffers_that_follow_each_other_go_to_the_disk_in_one_call(tmp_path: Path) -> None:
+    disk = TellingDisk()
+    storage = LocalStorage(tmp_path, disk=disk)
+    aligned = memoryview(mmap.mmap(-1, 1 << 20))
+    aligned[:] = os.urandom(1 << 20)
+    parts = [aligned[: 1 << 18], aligned[1 << 19 : 3 << 18], b"", aligned[: 1 << 16],
+             aligned[4096:9000], bytes(3288), aligned[: 1 << 19], bytes(5)]  # fmt: skip
+    with storage.writer("shard") as writer:
+        writer.write_all(parts)
+        assert writer.position == sum(map(len, parts))
+        writer.commit()
+    content = b"".join(parts)
+    assert storage.get("shard", len(content)) == content
+    with open(tmp_path / "shard", "rb") as file:
+        if posix.takes_direct_writes(file.fileno()):
+            assert disk.direct == [(1 << 19), 1 << 19]
+    assert sum(disk.direct) + sum(disk.buffered) == len(content)
+
+
+class StutteringDisk(PosixDisk):
+    """Takes one page and a half of what goes past the page cache."""
+
+    def write_direct(self, file: int, data: Sequence[memoryview], offset: int) -> int:
+        return self.write(file, data[0][:6144], offset)
+
+
+def test_a_direct_write_that_takes_less_is_gone_on_with(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path, disk=StutteringDisk())
+    aligned = memoryview(mmap.mmap(-1, 1 << 20))
+    aligned[:] = os.urandom(1 << 20)
+    with storage.writer("shard") as writer:
+        writer.write_all([aligned[: 1 << 18], aligned[1 << 19 :]])
+        writer.commit()
+    assert storage.get("shard", 1 << 20) == bytes(aligned[: 1 << 18]) + bytes(aligned[1 << 19 :])
 
 
 def test_a_disk_that_refuses_direct_writes_is_written_all_the_same(tmp_path: Path) -> None:

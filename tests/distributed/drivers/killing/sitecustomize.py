@@ -32,7 +32,7 @@ def _arm(point: str) -> None:
     from spotspeed.storage.local_writer import LocalWriter
 
     if point == "mid-write":
-        _before(LocalWriter, "write", lambda file, *_: file.position and SHARD in file._place)
+        _before(LocalWriter, "write_all", lambda file, *_: file.position and SHARD in file._place)
     elif point == "before the receipt":
         _before(LocalStorage, "put", lambda _, key, *__: key.endswith(RECEIPT))
     elif point == "before the seal":
