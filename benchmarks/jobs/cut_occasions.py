@@ -203,7 +203,8 @@ def kill(job: Job, cut: Cut, rank: int, chance: random.Random) -> None:
 
 def watch_failing(job: Job, cut: Cut) -> None:
     """The last rank ends by itself at some step; the others may not wait for it."""
-    began = interrupt(job, cut, lambda: job.order(job.ranks - 1, b"fail"))
+    last = job.ranks - 1
+    began = interrupt(job, cut, lambda: job.order(last, b"fail"), but=last)
     ended = began + cut.seconds["exit"]
     (failing,) = job.of("failing")
     cut.seconds["exit"] = ended - failing["at"]

@@ -295,9 +295,10 @@ def send(job: Job, ranks: list[int], name: str) -> Callable[[], None]:
     return strike
 
 
-def interrupt(job: Job, cut: Cut, strike: Callable[[], None]) -> float:
-    """Strike, and wait until nobody is left; returns when that began."""
-    poller, left = select.poll(), {os.pidfd_open(pid) for pid in job.processes().values()}
+def interrupt(job: Job, cut: Cut, strike: Callable[[], None], *, but: int = -1) -> float:
+    """Strike, and wait until nobody is left, `but` that rank; returns when that began."""
+    poller = select.poll()
+    left = {os.pidfd_open(pid) for rank, pid in job.processes().items() if rank != but}
     for descriptor in left:
         poller.register(descriptor, select.POLLIN)
     began = time.monotonic()
