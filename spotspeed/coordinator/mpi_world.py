@@ -27,6 +27,8 @@ class Calls:
 
 
 calls = Calls()
+_unfinished: list[Any] = []
+"""Collectives that were given up. MPI takes none back, and writes when the last rank comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def join_mpi(rank: int, world_size: int, timeout_s: float) -> MpiWorld:
     gathered = bytearray(_SLOT_BYTES * world_size)
     try:
         communicator, request = mpi.COMM_WORLD.Idup()
-        await_mpi(request, deadline_s, timeout_s)
+        await_mpi(request, deadline_s, timeout_s, result=communicator)
         communicator.Set_errhandler(mpi.ERRORS_RETURN)
         await_mpi(
             communicator.Iallgather([slot, mpi.BYTE], [gathered, mpi.BYTE]), deadline_s, timeout_s
@@ -69,14 +71,22 @@ def join_mpi(rank: int, world_size: int, timeout_s: float) -> MpiWorld:
     return MpiWorld(communicator, tuple(found.index(each) for each in range(world_size)))
 
 
-def await_mpi(request: Any, deadline_s: float, timeout_s: float) -> None:
-    """Wait for a collective of all ranks; raises CoordinationError when it takes too long."""
-    while not request.Test():
-        if time.monotonic() > deadline_s:
-            raise CoordinationError(
-                f"the ranks did not meet through MPI within {timeout_s:g} s: every rank must attach"
-            )
-        time.sleep(_POLL_S)
+def await_mpi(request: Any, deadline_s: float, timeout_s: float, *, result: Any = None) -> None:
+    """Wait for a collective of all ranks; raises CoordinationError when it takes too long.
+
+    `result` is what MPI writes into, other than the request's own buffers.
+    """
+    try:
+        while not request.Test():
+            if time.monotonic() > deadline_s:
+                raise CoordinationError(
+                    f"the ranks did not meet through MPI within {timeout_s:g} s: "
+                    f"every rank must attach"
+                )
+            time.sleep(_POLL_S)
+    except BaseException:  # a signal's, too
+        _unfinished.append((request, result))
+        raise
 
 
 def is_under_mpi() -> bool:

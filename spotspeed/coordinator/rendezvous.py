@@ -81,7 +81,7 @@ class MpiRendezvous:
         gathered = bytearray(_SLOT_BYTES * world_size)
         try:
             duplicate, request = self._world.Idup()
-            await_mpi(request, deadline_s, timeout_s)
+            await_mpi(request, deadline_s, timeout_s, result=duplicate)
             duplicate.Set_errhandler(MPI.ERRORS_RETURN)
             request = duplicate.Iallgather(
                 [slot.ljust(_SLOT_BYTES), MPI.BYTE], [gathered, MPI.BYTE]
