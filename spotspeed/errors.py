@@ -49,7 +49,7 @@ class TransientStorageError(StorageError):
 
 
 class UnreadableError(StorageError):
-    """The device fails to read an object that is there (EIO), at several attempts.
+    """An object that is there cannot be read, at several attempts: a failing device (EIO), a link.
 
     What a sealed checkpoint lists and cannot be read is damage, as if its bytes had changed.
     """

@@ -19,9 +19,12 @@ TRANSIENT_ERRNOS = frozenset({
 })  # fmt: skip
 """What a network or a network file system reports and may not report at the next attempt."""
 
-UNREADABLE_ERRNOS = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EREMOTEIO})
+UNREADABLE_ERRNOS = frozenset({
+    errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EREMOTEIO, errno.ELOOP,
+})  # fmt: skip
 """What a disk or file system reports when it has the file and cannot give its bytes: a bad sector,
-a checksum of the file system's own that does not match, damaged metadata."""
+a checksum of the file system's own that does not match, damaged metadata. ELOOP is a symbolic link
+where the file was, which somebody else has put there: one such must not hide all checkpoints."""
 
 _ADVICE = {
     errno.ENOSPC: "no space is left on the device; free some, lower `keep`, or move `path`",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from spotspeed import events
-from spotspeed.checkpoint.catalog import scan
+from spotspeed.checkpoint.catalog import find, scan
 from spotspeed.checkpoint.commit import roll_forward
 from spotspeed.checkpoint.gc import collect
 from spotspeed.checkpoint.ownership import claim_epoch, read_owner, record_restored_from
@@ -92,6 +92,27 @@ def test_a_manifest_that_cannot_be_read_is_listed_as_damaged_and_never_removed(
     assert damaged.directory == newest.directory and "cannot be read" in damaged.cause
     assert roll_forward(storage).unsealed == ()
     assert collect(storage, Keep(1), epoch=1).removals == ()
+
+
+@pytest.mark.parametrize("file", ["rank-00000.shard", "rank-00000.receipt", MANIFEST_FILE])
+def test_a_link_in_a_files_place_is_damage_and_hides_no_other_checkpoint(
+    tmp_path, seal_small, file
+):
+    storage = LocalStorage(tmp_path / "run")
+    first, second = (seal_small(storage, 1, step) for step in (10, 20))
+    place = tmp_path / "run" / second.directory / file
+    place.rename(tmp_path / file)
+    place.symlink_to(tmp_path / file)
+    catalog = scan(storage)
+    if file == MANIFEST_FILE:
+        [damaged] = catalog.damaged
+        assert file in damaged.cause and "symbolic link" in damaged.cause
+        assert collect(storage, Keep(1), epoch=1).removals == ()
+    else:
+        opened = find(storage, second.directory)
+        [damage] = CheckpointReader.open(storage, opened.directory).find_damage().damages
+        assert file in str(damage) and "symbolic link" in str(damage)
+    assert first.directory in [info.directory for info in catalog.sealed]
 
 
 def test_records_of_owners_and_epochs_that_cannot_be_read_stop_no_launch(
