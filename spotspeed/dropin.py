@@ -29,6 +29,7 @@ from spotspeed.checkpoint.marker import (
     MARKER_FILE,
     Marker,
     attempt_prefix,
+    check_latest,
     check_place,
     mark,
     read_latest,
@@ -178,6 +179,8 @@ def find(
         names = (read_latest(store, file) for file in files)
         name = next(filter(None, names), None) if tag is None else tag
         marker = None if name is None else read_marker(store, name)
+        if name is not None and tag is None and marker is None:
+            check_latest(store, name)
         fields = None if marker is None else {
             key: getattr(marker, key) for key in Marker.__dataclass_fields__
         }  # fmt: skip

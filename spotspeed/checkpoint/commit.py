@@ -147,7 +147,8 @@ def receipts_of(storage: Storage, directory: str) -> tuple[Ticket | None, tuple[
 def roll_forward(storage: Storage) -> RollForward:
     """Seal every directory whose receipts are complete: its savers died just before they did.
 
-    A directory that contradicts itself or cannot be read is left as it is and reported.
+    A directory that contradicts itself, cannot be read or goes meanwhile is left as it is and
+    reported.
     """
     sealed: list[Manifest] = []
     unsealed: list[Unsealed] = []
@@ -157,7 +158,7 @@ def roll_forward(storage: Storage) -> RollForward:
                 continue
             ticket, _ = receipts_of(storage, directory)
             manifest = None if ticket is None else try_seal(storage, ticket)
-        except (CorruptionError, UnreadableError) as error:
+        except (CorruptionError, UnreadableError, ObjectNotFoundError) as error:
             unsealed.append(Unsealed(directory, str(error)))
             continue
         if manifest is None:

@@ -137,7 +137,7 @@ def write_marker(folder: Storage, tag: str, marker: Marker) -> None:
 def read_latest(folder: Storage, file: str = LATEST_FILE) -> str | None:
     """The tag that `latest` (or its like, `file`) names, or None when it is not there.
 
-    Raises FormatError when it names nothing.
+    Raises FormatError when it names nothing: zeros are what a loss of power leaves of a file.
     """
     try:
         tag = folder.get(file, MAX_MARKER_BYTES).decode().strip()
@@ -145,12 +145,24 @@ def read_latest(folder: Storage, file: str = LATEST_FILE) -> str | None:
         return None
     except UnicodeDecodeError as error:
         raise FormatError(f"{folder.url}/{file}: not the name of a tag") from error
-    if not tag:
+    if not tag or "\0" in tag:
         raise FormatError(
-            f"{folder.url}/{file}: expected the name of a tag, found nothing: write one of the "
-            f"tags in the directory to it, or load one by its tag"
+            f"{folder.url}/{file}: expected the name of a tag, found "
+            f"{f'{tag[:40]!r}' if tag else 'nothing'}: write one of the tags in the directory to "
+            f"it, or load one by its tag"
         )
     return tag
+
+
+def check_latest(folder: Storage, tag: str) -> None:
+    """Raise FormatError unless something is where `tag`, which `latest` names, would be."""
+    with contextlib.suppress(ConfigError):
+        store, key = _place_of(folder, tag)
+        if not store.list(key.removesuffix(MARKER_FILE)):
+            raise FormatError(
+                f"{folder.url}/{LATEST_FILE}: names the tag {tag[:200]!r}, of which there is "
+                f"nothing in that directory: write one of its tags to it, or load one by its tag"
+            )
 
 
 def mark(

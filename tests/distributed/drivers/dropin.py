@@ -137,8 +137,9 @@ def check_wrong_and_missing_directories() -> None:
     for tag in ("..", "../up", "/etc/x", "a\0b", "", "x" * 300):
         raises(ConfigError, lambda tag=tag: engine.save_checkpoint(FOLDER / "tags", tag))
     (FOLDER / "empty").mkdir(exist_ok=True)
-    (FOLDER / "empty" / "latest").write_text(" ")
-    raises(CorruptionError, lambda: engine.load_checkpoint(FOLDER / "empty"))
+    for nothing in (" ", "\0" * 12, "no-such-tag"):
+        (FOLDER / "empty" / "latest").write_text(nothing)
+        raises(CorruptionError, lambda: engine.load_checkpoint(FOLDER / "empty"))
     (FOLDER / "file").write_text("of the user")
     for folder in (FOLDER / "file", FOLDER / "file" / "below", "/proc/spotspeed", "nope://x/y"):
         raises(ConfigError, lambda folder=folder: engine.save_checkpoint(folder))

@@ -178,3 +178,13 @@ def test_what_is_complete_after_all_is_sealed_and_not_taken_back(
     before = storage.list()
     assert not withdraw(storage, ticket.directory, [ticket.receipt_path(0)])
     assert storage.list() == before
+
+
+def test_a_directory_in_a_manifests_place_stops_no_launch(tmp_path, save_small):
+    storage = LocalStorage(tmp_path)
+    first, second = (save_small(storage, 1, step) for step in (10, 20))
+    (tmp_path / first.manifest_path).mkdir()
+    done = roll_forward(storage)
+    assert [manifest.ticket for manifest in done.sealed] == [second]
+    [left] = done.unsealed
+    assert left.directory == first.directory and "not a file" in left.cause

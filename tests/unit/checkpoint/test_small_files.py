@@ -13,7 +13,7 @@ import pytest
 from spotspeed import events
 from spotspeed.checkpoint.catalog import scan
 from spotspeed.checkpoint.commit import LATEST_KEY
-from spotspeed.checkpoint.marker import mark, read_latest, read_marker
+from spotspeed.checkpoint.marker import check_latest, mark, read_latest, read_marker
 from spotspeed.checkpoint.ownership import (
     claim_epoch,
     epoch_key,
@@ -152,7 +152,10 @@ def test_damage_of_a_marker_names_it(store: LocalStorage, tmp_path: Path) -> Non
     path.write_bytes(data)
     assert read_marker(folder, "global_step25") == right
     assert read_latest(folder) == "global_step25"
-    for nothing in (b"", b" \n"):
+    check_latest(folder, "global_step25")
+    with pytest.raises(CorruptionError, match="latest: names the tag 'global_stex25'"):
+        check_latest(folder, "global_stex25")
+    for nothing in (b"", b" \n", bytes(13)):
         folder.put("latest", nothing)
         with pytest.raises(CorruptionError, match="latest: expected the name of a tag"):
             read_latest(folder)
