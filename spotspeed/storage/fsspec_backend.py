@@ -353,5 +353,7 @@ def _filesystem(url: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{url}: {error}; install the package that reaches this store") from error
     except ValueError as error:
-        raise ConfigError(f"{url}: no store of that kind is known: {error}") from error
+        is_known = url.partition("://")[0] in fsspec.available_protocols()
+        what = "cannot be opened" if is_known else "no store of that kind is known"
+        raise ConfigError(f"{url}: {what}: {error}") from error
     return filesystem

@@ -32,9 +32,9 @@ def open_storage(url: str | os.PathLike[str], *through: Interceptor) -> Storage:
 
 
 def _open_plain(url: str, policy: RetryPolicy) -> Storage:
-    if not url or "\0" in url:
-        raise ConfigError(f"path {url!r} names nothing: give a directory or a URL like s3://bucket")
     scheme, separator, rest = url.partition("://")
+    if not url.strip() or "\0" in url or not _is_name(url) or (separator and not scheme):
+        raise ConfigError(f"path {url!r} names nothing: give a directory or a URL like s3://bucket")
     if separator:
         refuse_credentials(url)
     else:
@@ -52,6 +52,15 @@ def _open_plain(url: str, policy: RetryPolicy) -> Storage:
     from spotspeed.storage.fsspec_backend import FsspecStorage
 
     return FsspecStorage(url, policy=policy)
+
+
+def _is_name(url: str) -> bool:
+    """Whether the system could have a file of that name: lone surrogates have no bytes."""
+    try:
+        os.fsencode(url)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _open_directory(path: str) -> Storage:

@@ -357,7 +357,9 @@ def test_descriptors_do_not_leak(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("url", ["", "a\0b", "file://relative", "s3://", "nosuchstore://x/y"])
+@pytest.mark.parametrize("url", [
+    "", " ", "a\0b", "a\ud800b", "file://relative", "://x", "s3://", "nosuchstore://x/y",
+])  # fmt: skip
 def test_a_url_that_names_no_store_is_a_configuration_error(url: str) -> None:
     with pytest.raises(ConfigError):
         open_storage(url)
