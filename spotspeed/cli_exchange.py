@@ -20,6 +20,7 @@ from spotspeed.checkpoint.catalog import find
 from spotspeed.checkpoint.compare import compare
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.safetensors import export_safetensors
+from spotspeed.core.manifest import MAX_WORLD_SIZE
 from spotspeed.storage import open_storage
 
 Places = Annotated[list[str], typer.Argument(
@@ -98,7 +99,8 @@ def export(
         Precision | None, typer.Option(help="safetensors: round all weights to this.")
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="deepspeed: ranks that will load it.")
+        int | None,
+        typer.Option(min=1, max=MAX_WORLD_SIZE, help="deepspeed: ranks that will load it."),
     ] = None,
     stage: Annotated[
         int | None, typer.Option(help="deepspeed: their ZeRO stage; as it was if left out.")

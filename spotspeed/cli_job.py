@@ -8,9 +8,11 @@ import json
 import os
 import pathlib
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -31,7 +33,7 @@ from spotspeed.cli_exchange import Answer, answered
 from spotspeed.coordinator.notice.workplace import signal_deadline_s
 from spotspeed.core.relaunch import Policy
 from spotspeed.doctor import Diagnosis, diagnose
-from spotspeed.supervisor.notifying import Told, notify, paths_here, wait_durable
+from spotspeed.supervisor.notifying import Told, notify, notify_all, paths_here, wait_durable
 from spotspeed.supervisor.supervise import Plan, supervise
 from spotspeed.supervisor.watching import Deadline
 from spotspeed.testing.metadata import MetadataService
@@ -40,6 +42,9 @@ EXIT_NOT_DURABLE = 1
 NOTICE_S = 120.0
 """What a notice leaves that says nothing of time, where nothing else is known."""
 EXIT_UNFIT = 1
+MAX_STATE_GB = 1e9
+UNLIMITED = 1e12
+"""More seconds than any job takes, more ranks than any has."""
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -53,8 +58,33 @@ def supervise_(context: typer.Context) -> None:
     if report is not None:
         document = {"command": plan.command, "code": runs[-1].code,
                     "launches": [asdict(run) for run in runs]}  # fmt: skip
-        pathlib.Path(report).write_text(json.dumps(document, indent=2) + "\n")
+        try:
+            pathlib.Path(report).write_text(json.dumps(document, indent=2) + "\n")
+        except OSError as error:
+            # What the job came to counts more than the report on it.
+            _say(f"the report cannot be written: {error}")
     raise typer.Exit(runs[-1].code)
+
+
+def _number(text: str, kind: type[int] | type[float], low: float, high: float) -> float:
+    """`text` as a number from `low` to `high`; argparse names the option that it is for."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = kind(low) - 1
+    if not low <= value <= high:  # Nor is nan.
+        what = "a whole number" if kind is int else "a number"
+        limits = f"from {low:g}" + (f" to {high:g}" if high < UNLIMITED else "")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limits}")
+    return value
+
+
+def _whole(low: int, high: float = UNLIMITED) -> Callable[[str], float]:
+    return partial(_number, kind=int, low=low, high=high)
+
+
+def _seconds(low: float) -> Callable[[str], float]:
+    return partial(_number, kind=float, low=low, high=UNLIMITED)
 
 
 def parse_plan(words: list[str]) -> Plan:
@@ -74,16 +104,22 @@ def parse_supervise(words: list[str]) -> tuple[Plan, str | None]:
     )  # fmt: skip
     add = parser.add_argument
     add("--relaunch", action="store_true", help="start again after 75, 76 and a kill")
-    add("--max-restarts", type=int, default=10, help="at most so many (10) ...")
-    add("--window", type=float, default=3600.0, help="... within so many seconds (3600)")
-    add("--backoff", type=float, default=1.0, help="seconds before the 2nd; doubles each time (1)")
-    add("--ranks", type=int, help="number of ranks, the most that {ranks} becomes")
-    add("--min-ranks", type=int, default=1, help="do not run on fewer ranks (1)")
+    add("--max-restarts", type=_whole(0), default=10, help="at most so many (10) ...")
+    add("--window", type=_seconds(0), default=3600.0, help="... within so many seconds (3600)")
+    add(
+        "--backoff",
+        type=_seconds(0),
+        default=1.0,
+        help="seconds before the 2nd; doubles each time (1)",
+    )
+    add("--ranks", type=_whole(1), help="number of ranks, the most that {ranks} becomes")
+    add("--min-ranks", type=_whole(1), default=1, help="do not run on fewer ranks (1)")
     add("--hostfile", help="lines 'name slots=N', read before each launch; hosts that answer count")
     add("--ds-config", help="choose {ranks} so that this config's global batch stays the same")
-    add("--ssh-port", type=int, help="where hosts are asked (as ssh is configured for each)")
-    add("--deadline", type=float, help="seconds that a notice leaves; the ranks plan with it (the "
-        "job's notice.deadline_s)")  # fmt: skip
+    add("--ssh-port", type=_whole(1, 65535),
+        help="where hosts are asked (as ssh is configured for each)")  # fmt: skip
+    add("--deadline", type=_seconds(0.1), help="seconds that a notice leaves; the ranks plan with "
+        "it (the job's notice.deadline_s)")  # fmt: skip
     add("--json", metavar="FILE", help="write one JSON document there: how each launch ended "
         "(stdout is the launcher's)")  # fmt: skip
     add("--no-watch-host", action="store_true", help="leave this host's metadata service alone")
@@ -92,6 +128,8 @@ def parse_supervise(words: list[str]) -> tuple[Plan, str | None]:
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     if not command:
         parser.error("no launcher: spotspeed supervise -- mpirun -n 2 python train.py")
+    if given.json and not _may_be_file(given.json):
+        parser.error(f"--json {given.json}: is a directory or in none; name a file")
     plan = Plan(
         tuple(command), relaunch=given.relaunch,
         policy=Policy(given.max_restarts, given.window, given.backoff), ranks=given.ranks,
@@ -101,6 +139,11 @@ def parse_supervise(words: list[str]) -> tuple[Plan, str | None]:
         watch_host=not given.no_watch_host, ssh_port=given.ssh_port,
     )  # fmt: skip
     return plan, given.json
+
+
+def _may_be_file(path: str) -> bool:
+    found = pathlib.Path(path)
+    return found.parent.is_dir() and not found.is_dir()
 
 
 def _say(line: str) -> None:
@@ -133,7 +176,12 @@ def notify_(
     """
     if (path is None) is not all_:
         raise typer.BadParameter("give either the PATH of one job or --all")
-    told = [notify(each, seconds_left=deadline) for each in ([path] if path else paths_here())]
+    if path is not None and not path.strip():
+        raise typer.BadParameter("PATH is empty: no job is told")
+    if path is not None:
+        told = [notify(path, seconds_left=deadline)]
+    else:
+        told = notify_all(paths_here(), seconds_left=deadline)
 
     def is_durable(job: Told) -> bool:
         return wait_durable(job, timeout_s=timeout)
@@ -195,7 +243,9 @@ app.command()(reported(answered(emulate)))
 @reported
 def doctor(
     path: Path,
-    state_gb: Annotated[float | None, typer.Option(help="Size of a checkpoint.")] = None,
+    state_gb: Annotated[
+        float | None, typer.Option(min=0, max=MAX_STATE_GB, help="Size of a checkpoint.")
+    ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that share it.")] = 1,
     step_seconds: Annotated[float, typer.Option(min=0, help="Length of a step.")] = 1.0,
     local_path: Annotated[str | None, typer.Option(help="The node's own fast disk.")] = None,

@@ -92,7 +92,9 @@ def _tensors(
         count += len(differing)
     if not count:
         return None
-    values = [reader.read_tensor(key, place, place + 1)[0] for reader in (first, second)]
+    # An item of one element comes in its tensor's shape, which may be ().
+    values = [reader.read_tensor(key, place, place + 1).reshape(-1)[0]
+              for reader in (first, second)]  # fmt: skip
     return (f"{count} of {total} elements differ; the first is {place}: {values[0]!r} and "
             f"{values[1]!r}")  # fmt: skip
 

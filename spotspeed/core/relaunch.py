@@ -176,6 +176,8 @@ class Choice:
 
 def choose_ranks(slots: int, batch: Batch | Fits | None, *, min_ranks: int = 1) -> Choice:
     """The largest number of ranks for so many slots that keeps the global batch as it is."""
+    if slots < 1:
+        return Choice(0, "no slot is left: no host of the hostfile answers")
     fitting = [n for n in range(1, slots + 1) if batch is None or batch.fits(n)]
     if not fitting:
         return Choice(

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotspeed.errors import FormatError, ObjectNotFoundError, UnsupportedLayoutError
+from spotspeed.errors import (
+    ConfigError,
+    FormatError,
+    ObjectNotFoundError,
+    UnsupportedLayoutError,
+)
 from spotspeed.integrations.deepspeed_files import read_file
 
 _OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -90,11 +95,17 @@ def open_directory(source: Path, tag: str | None = None) -> Directory:
     return Directory(folder, folder.name, stage, read, contents)
 
 
+def _is_below(tag: str) -> bool:
+    return "\0" not in tag and ".." not in Path(tag).parts and not Path(tag).is_absolute()
+
+
 def _folder(source: Path, tag: str | None) -> Path:
     if tag is None and (source / "latest").is_file():
         tag = (source / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    elif tag is not None and not _is_below(tag):
+        raise ConfigError(f"tag {tag!r} is not a name of a folder in {source}")
     folder = source if tag is None else source / tag
-    if tag is not None and (".." in Path(tag).parts or Path(tag).is_absolute()):
+    if tag is not None and not _is_below(tag):
         raise FormatError(f"{source}/latest: {tag!r} is not a name of a folder beside it")
     if not folder.is_dir():
         raise ObjectNotFoundError(f"{folder}: there is no such directory")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from spotspeed.checkpoint.catalog import scan
@@ -18,6 +19,7 @@ from spotspeed.staging.launch import saver_address
 from spotspeed.storage import open_storage
 from spotspeed.storage.contract import Storage
 
+_logger = logging.getLogger("spotspeed")
 SOURCE = "notify"
 LOOK_S = 0.25
 NOTICE_REASON = "notice"
@@ -59,6 +61,17 @@ def notify(path: str, *, seconds_left: float | None) -> Told:
         epoch = read_epochs(open_storage(path)).newest
         session.notify(seconds_left or 0.0, SOURCE)
     return Told(path, epoch)
+
+
+def notify_all(paths: Iterable[str], *, seconds_left: float | None) -> list[Told]:
+    """Tell the jobs at all `paths`; who has left since it was found needs no notice."""
+    told: list[Told] = []
+    for path in paths:
+        try:
+            told.append(notify(path, seconds_left=seconds_left))
+        except SpotSpeedError as error:
+            _logger.warning("%s: not told: %s", path, error)
+    return told
 
 
 def tell_saver(path: str, *, seconds_left: float) -> bool:

@@ -156,6 +156,11 @@ def test_a_command_line_that_makes_no_sense_is_code_2(
     assert call("export", storage.url, *words).exit_code == 2
 
 
+@pytest.mark.parametrize("size", ["nan", "inf", "-1", "1e300"])
+def test_a_state_of_no_size_is_code_2(size: str, tmp_path: Path) -> None:
+    assert call("doctor", str(tmp_path), "--state-gb", size).exit_code == 2
+
+
 def test_what_the_system_refuses_is_one_line(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,18 @@ def test_the_same_state_of_other_ranks_is_the_same(
     assert found.is_same and found.tensors == len(state()) - 1
 
 
+def test_a_tensor_without_dimensions_that_differs_is_named(tmp_path: Path) -> None:
+    changed = state()
+    key = TensorKey("step", "layers.0.weight")
+    changed[key] = ("float32", np.array(11, np.float32))
+    found = compared(write_checkpoint(tmp_path / "a", state(), 2),
+                     write_checkpoint(tmp_path / "b", changed, 2))  # fmt: skip
+    [difference] = found.differences
+    assert difference.what == "step:layers.0.weight"
+    assert "1 of 1 elements differ; the first is 0: " in difference.how
+    assert "10.0" in difference.how and "11.0" in difference.how
+
+
 def test_one_bit_is_found_and_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "RUN_BYTES", 256)
     changed = state()

@@ -103,4 +103,5 @@ def test_too_few_ranks_are_none_and_the_reason_names_the_numbers() -> None:
 def test_without_a_batch_every_slot_is_used() -> None:
     assert choose_ranks(5, None).ranks == 5
     assert choose_ranks(5, Fits(frozenset({1, 2, 4, 8}))).ranks == 4
-    assert choose_ranks(0, None).ranks == 0
+    nothing = choose_ranks(0, None)
+    assert nothing.ranks == 0 and nothing.reason.startswith("no slot is left")

@@ -17,6 +17,7 @@ from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.core.interval import Interval, gaps, overlaps
 from spotspeed.core.layout import TensorKey
 from spotspeed.errors import (
+    ConfigError,
     FormatError,
     ObjectNotFoundError,
     SpotSpeedError,
@@ -156,8 +157,10 @@ def test_a_missing_rank_and_a_foreign_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLayoutError, match="layer_00"):
         open_directory(source)
     (source / "latest").write_text("../elsewhere")
-    with pytest.raises(FormatError, match="not a name"):
+    with pytest.raises(FormatError, match=r"latest: .* is not a name"):
         open_directory(source)
+    with pytest.raises(ConfigError, match=r"tag .* is not a name"):
+        open_directory(source, "../t")
 
 
 def test_a_weight_that_is_not_its_master_is_kept(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from spotspeed.cli_job import parse_plan
+from spotspeed.cli_job import app, parse_plan
 from spotspeed.core.relaunch import Batch
 from spotspeed.errors import ConfigError
 from spotspeed.supervisor import hosts as hosts_module
@@ -26,6 +27,7 @@ from spotspeed.supervisor.hosts import (
     write_hostfile,
 )
 from spotspeed.supervisor.launcher import Launch, Place, fill
+from spotspeed.supervisor.notifying import notify_all
 
 
 def test_placeholders_are_filled_in_everywhere() -> None:
@@ -57,6 +59,45 @@ def test_the_launchers_own_options_are_not_the_supervisors() -> None:
     plan = parse_plan(["--ranks", "4", "mpirun", "--ranks", "9", "--relaunch", "x", "--win", "3"])
     assert plan.command == ("mpirun", "--ranks", "9", "--relaunch", "x", "--win", "3")
     assert plan.ranks == 4 and not plan.relaunch
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--deadline nan", "--deadline -5", "--deadline 0", "--window nan", "--backoff -1",
+     "--max-restarts -1", "--ranks 0", "--ranks x", "--min-ranks 0", "--ssh-port 99999",
+     "--json /", "--json /no/such/folder/report.json"],
+)  # fmt: skip
+def test_an_option_that_makes_no_sense_is_named_before_anything_is_launched(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse_plan([*words.split(), "--", "true"])
+    assert left.value.code == 2
+    assert words.split(maxsplit=1)[0] in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_what_the_job_came_to(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    words = ["--no-watch-host", "--json", str(folder / "report.json"), "--", "rmdir", str(folder)]
+    done = CliRunner().invoke(app, ["supervise", *words])
+    assert done.exit_code == 0, done.output
+    assert "the report cannot be written" in done.output and "report.json" in done.output
+
+
+def test_an_empty_path_is_nobodys_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def everybody() -> list[str]:
+        raise AssertionError("every job here was to be told")
+
+    monkeypatch.setattr("spotspeed.cli_job.paths_here", everybody)
+    assert CliRunner().invoke(app, ["notify", ""]).exit_code == 2
+
+
+def test_a_job_that_has_left_meanwhile_keeps_no_other_from_being_told(tmp_path: Path) -> None:
+    gone = [str(tmp_path / name) for name in ("a", "b")]
+    assert notify_all(gone, seconds_left=None) == []
 
 
 def test_a_launcher_leads_a_session_with_a_clean_signal_mask(tmp_path: Path) -> None:
