@@ -58,8 +58,8 @@ def test_a_root_that_does_not_exist_is_created_by_the_first_write_only(tmp_path:
 
 def test_the_root_may_be_a_link_but_nothing_below_it(tmp_path: Path) -> None:
     real, secret = tmp_path / "real", tmp_path / "secret"
-    real.mkdir()
-    secret.mkdir()
+    for folder in (real, secret):
+        folder.mkdir()
     (secret / "key").write_bytes(b"secret")
     (tmp_path / "root").symlink_to(real)
     storage = LocalStorage(tmp_path / "root")
@@ -357,9 +357,7 @@ def test_descriptors_do_not_leak(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("url", [
-    "", " ", "a\0b", "a\ud800b", "file://relative", "://x", "s3://", "nosuchstore://x/y",
-])  # fmt: skip
+@pytest.mark.parametrize("url", ["", " ", "a\0b", "\ud800", "file://a", "://x", "s3://", "no://x"])
 def test_a_url_that_names_no_store_is_a_configuration_error(url: str) -> None:
     with pytest.raises(ConfigError):
         open_storage(url)
