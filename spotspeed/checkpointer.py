@@ -103,8 +103,6 @@ class Checkpointer:
         self._restored = restored if self.origin is self.storage else None
         self._session.record_restored(self._restored)
         self._has_restored = True
-        if restored is not None:
-            loader_guard.hold(draws=self._small.is_between_epochs)
         self._start()
         return restored
 
@@ -114,7 +112,8 @@ class Checkpointer:
         Every sample of an epoch comes exactly once, across any sequence of interruptions and
         numbers of ranks: the order is that of one global stream, shuffled as the loader is, from
         whose beginning `epochs` counts (None: without end). Workers survive the notice signals.
-        Raises ConfigError when the loader's order cannot be continued.
+        Raises ConfigError when the loader's order cannot be continued, and after a load of another
+        state, where a new call goes on from.
         """
         if self.loader is None:
             raise ConfigError("batches() needs the loader: spotspeed.attach(engine, loader=loader)")

@@ -136,7 +136,8 @@ def engine_batches(
     """Micro-batches of `loader` from where `engine` stands; `small` keeps the place from now on.
 
     They end `epochs` epochs after the end of the last call that gave all it had. Workers survive
-    `signals`, by name. Raises ConfigError when the order cannot be continued.
+    `signals`, by name. Raises ConfigError when the order cannot be continued, and in the middle
+    when another state has been loaded since.
     """
     samples, loader = int(engine.global_samples), as_loader(loader)
     stored = small.cursor.at(samples) if small.cursor else None
@@ -150,11 +151,16 @@ def engine_batches(
             "batches: they come first in the next call of batches(), if there is one",
             sampler.left_out, until, sampler.global_batch // sampler.micro_batch,
         )  # fmt: skip
-    count, end = 0, None if until is None else len(sampler)
+    count, end, jumps = 0, None if until is None else len(sampler), small.jumps
     try:
         for batch in ordered_loader(loader, sampler, signals=(*DEFAULT_SIGNALS, *signals)):
             count += 1
             yield batch
+            if small.jumps != jumps:
+                raise ConfigError(
+                    "another state was loaded while batches() was being iterated, which is still "
+                    "where the old one was: leave the loop after a load, and call batches() again"
+                )
     finally:
         if count == end and until is not None:
             small.epochs_done = until

@@ -101,6 +101,8 @@ class _Guard:
         return any(not watched.is_persistent for watched in counted)
 
     def complete_step(self) -> None:
+        # Of whichever engine: one that was only loaded may never have a step of its own.
+        self.release()
         self.has_started = True
         living = [watched for watched in self.watched if watched.is_alive]
         for watched in living:

@@ -87,8 +87,8 @@ class SmallState:
         """
         self.epochs_done = 0
         """Through which epochs of its stream this process has gone, call by call."""
-        self.is_between_epochs = False
-        """Of the boundary that `apply` restored: whether it ended an epoch of a DataLoader."""
+        self.jumps = 0
+        """How often `apply` has set the place in the data: iterators from before are elsewhere."""
         self.late = LateState() if late is None else late
         self._engine, self._group_names = engine, group_names
         self._optimizer = groups.inner_optimizer(engine)
@@ -220,6 +220,7 @@ class SmallState:
             stored = job.get("cursor")
             samples = int(self._engine.global_samples)
             self.cursor = None if stored is None else resume_cursor(stored, samples)
+            self.jumps += 1
         if "schedule" in parts:
             notes += schedule.apply(self._engine, own["schedule"])
         if "groups" in parts:
@@ -253,8 +254,9 @@ class SmallState:
                     f"{rank_state['step']}"
                 )
             if rank_state["rank"] == self._rank:
-                self.is_between_epochs = bool(rank_state.get("between_epochs"))
+                loader_guard.hold(draws=bool(rank_state.get("between_epochs")))
                 return rng.restore(rank_state["rng"], spare_seed=spare)
+        loader_guard.hold(draws=False)
         rng.reseed(spare)
         return [f"rank {self._rank} has no random state of its own there: it was reseeded"]
 

@@ -16,6 +16,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.utils.data import DataLoader
 
 import spotspeed
+from spotspeed.errors import ConfigError
 from spotspeed.state import boundary
 from spotspeed.state.boundary import PASS
 
@@ -157,16 +158,18 @@ def check_epochs() -> None:
         whole, restored = train_epochs(directory, None)
         assert restored is None and len(whole) == 8
         for cut in (3, 4, 5):
-            assert train_epochs(directory, f"step-{cut}") == (whole[cut:], cut), cut
+            for is_load in (False, True):
+                resumed = train_epochs(directory, f"step-{cut}", is_load=is_load)
+                assert resumed == (whole[cut:], cut), (cut, is_load)
 
 
-def train_epochs(directory, tag):
+def train_epochs(directory, tag, *, is_load=False):
     """Two epochs of four steps under dropout, or what is left of them."""
     block = {"path": directory, "interval": {"steps": 1, "seconds": None}, "keep": {"last": 99}}
     torch.manual_seed(5)
     engine = make(spotspeed=block, gradient_accumulation_steps=1)
     checkpointer, losses = spotspeed.attach(engine), []
-    restored = checkpointer.restore(tag)
+    restored = spotspeed.load(engine, tag=tag) if is_load else checkpointer.restore(tag)
     torch.manual_seed(6) if restored is None else None
     for _ in range(engine.global_steps // 4, 2):
         loader = DataLoader(list(range(8)), batch_size=2)
@@ -191,9 +194,32 @@ def check_batches() -> None:
         assert sorted(seen) == list(range(10)) and seen != sorted(seen), steps
 
 
-def train_batches(directory, stop_at=None):
-    """The samples of each step, of three epochs or until `stop_at`."""
-    model, steps = torch.nn.Linear(1, 1), []
+def check_a_load_among_batches() -> None:
+    """What batches() has begun is over when another state is loaded; a new call goes on from it."""
+    with tempfile.TemporaryDirectory() as directory:
+        engine, checkpointer = begin_batches(directory)
+        samples, batches = [], checkpointer.batches()
+        for number, batch in enumerate(itertools.islice(batches, 4)):
+            samples.append(batch)
+            engine.backward(engine(batch).mean())
+            engine.step()
+            if number == 1:
+                spotspeed.save(engine, tag="one")
+        spotspeed.load(engine, tag="one")
+        try:
+            next(batches)
+        except ConfigError as error:
+            assert "call batches() again" in str(error), error
+        else:
+            raise AssertionError("went on with the samples of another state")
+        again = list(itertools.islice(checkpointer.batches(), 2))
+        assert all(map(torch.equal, again, samples[2:4])), (again, samples)
+        checkpointer.close()
+        engine.destroy()
+
+
+def begin_batches(directory):
+    model = torch.nn.Linear(1, 1)
     engine, _, loader, _ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(),
         training_data=[torch.tensor([float(number)]) for number in range(10)],
@@ -201,6 +227,13 @@ def train_batches(directory, stop_at=None):
     )  # fmt: skip
     checkpointer = spotspeed.attach(engine, loader=loader)
     checkpointer.restore()
+    return engine, checkpointer
+
+
+def train_batches(directory, stop_at=None):
+    """The samples of each step, of three epochs or until `stop_at`."""
+    engine, checkpointer = begin_batches(directory)
+    steps = []
     for _ in range(3):
         for batch in checkpointer.batches():
             if engine.micro_steps % 2 == 0:
@@ -224,7 +257,8 @@ def main() -> None:
     get_accelerator().is_fp16_supported = lambda: True
     check_signatures()
     deepspeed.init_distributed("gloo")
-    for check in (check_engine, check_overflow, check_pipeline, check_epochs, check_batches):
+    for check in (check_engine, check_overflow, check_pipeline, check_epochs, check_batches,
+                  check_a_load_among_batches):  # fmt: skip
         check()
         sys.stdout.write(f"rank 0: {check.__name__}: ok\n")
 
