@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from spotspeed.core import plain
 from spotspeed.core.layout import StoredTensor, TensorKey
 from spotspeed.errors import CaptureError, FormatError
-from spotspeed.state import counters, groups, loader_guard, rng, scaler, schedule
+from spotspeed.state import counters, groups, loader_guard, powers, rng, scaler, schedule
 from spotspeed.state.buffers import BufferCopy, Buffers
 from spotspeed.state.cursor import Cursor, resume_cursor
 from spotspeed.state.late import LateState
@@ -226,6 +226,7 @@ class SmallState:
         if "groups" in parts:
             groups.apply(self._optimizer, planned)
             schedule.show_rates(self._engine, self._optimizer)
+            powers.count_through(self._optimizer)
         if "scaler" in parts:
             notes += scaler.apply(self._engine, job["scaler"])
         if "rng" in parts:
