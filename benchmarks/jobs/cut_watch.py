@@ -198,11 +198,10 @@ class Job:
 
     def close(self) -> None:
         stop(self.process)
-        for pid in self.processes().values():
-            # A launcher may leave its ranks behind.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(pid)
-                if str(JOB) in process.cmdline():
+        for process in psutil.process_iter(["cmdline"]):
+            # A launcher may leave its ranks behind, and `deepspeed` its own other half.
+            if self.orders in (process.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         remove_shared_memory(self._port)
 
