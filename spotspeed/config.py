@@ -7,7 +7,7 @@ import signal
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from spotspeed.errors import ConfigError
 
@@ -17,7 +17,19 @@ CLOUDS = ("ec2", "gce", "azure", "alibaba", "tencent", "huawei", "none")
 """Whose metadata services are known by name."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+"""Seconds, or GB: the limit, 30 years, is what every clock and wait of the system can take."""
+
+
+def _is_name(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise ValueError(
+            "it names nothing; give a directory, a file or a URL, or leave the key out"
+        )
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_is_name)]
 
 
 class _Section(BaseModel):
@@ -56,7 +68,7 @@ class NoticeConfig(_Section):
     cloud: str | None = None
     """Metadata service to watch, by name or as the http URL of one that answers 404 until then;
     "none" watches none, null finds the platform."""
-    file: str | None = None
+    file: PathText | None = None
     """A file whose appearance is a notice."""
     deadline_s: PositiveFloat = 120.0
     """Seconds from a notice without a deadline of its own to the loss of the machine."""
@@ -132,9 +144,9 @@ class OnInterruptConfig(_Section):
 class SpotSpeedConfig(_Section):
     """The whole block. `null` or a missing key means "chosen for you, and logged"."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: PathText
     """Where checkpoints live: a directory that all ranks see, or an fsspec URL."""
-    local_path: Annotated[str, Field(min_length=1)] | None = None
+    local_path: PathText | None = None
     """Optional fast tier: a directory on each node's own disk, drained to `path`."""
     interval: IntervalConfig = IntervalConfig()
     keep: KeepConfig = KeepConfig()
