@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import wraps
@@ -21,6 +21,7 @@ from spotspeed.checkpoint.compare import compare
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.safetensors import export_safetensors
 from spotspeed.core.manifest import MAX_WORLD_SIZE
+from spotspeed.errors import ConfigError
 from spotspeed.storage import open_storage
 
 Places = Annotated[list[str], typer.Argument(
@@ -123,7 +124,7 @@ def export(
         ))  # fmt: skip
     else:
         assert ranks is not None
-        with _quiet_stdout():
+        with _with_deepspeed():
             # Only here: it takes torch, which the other commands do without.
             from spotspeed.integrations.deepspeed_export import export_deepspeed, target_of
 
@@ -150,7 +151,7 @@ def import_(
     ] = False,
 ) -> Answer:
     """Bring a checkpoint that DeepSpeed saved (ZeRO 1, 2 or 3) to PATH; runs no code of it."""
-    with _quiet_stdout():
+    with _with_deepspeed():
         from spotspeed.integrations.deepspeed_import import import_deepspeed
 
         done = import_deepspeed(
@@ -195,9 +196,20 @@ def compare_(
         raise typer.Exit(1)
 
 
-def _quiet_stdout() -> contextlib.AbstractContextManager[object]:
-    """DeepSpeed logs to what is stdout when it is imported: that is for our answer alone."""
-    return contextlib.redirect_stdout(sys.stderr)
+@contextlib.contextmanager
+def _with_deepspeed() -> Iterator[None]:
+    """DeepSpeed logs to what is stdout when it is imported: that is for our answer alone.
+
+    Raises ConfigError where it, or torch, cannot be imported.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield
+        except ImportError as error:
+            raise ConfigError(
+                f"this command needs PyTorch and DeepSpeed in the environment of {sys.executable}: "
+                f"{error}"
+            ) from error
 
 
 def _print_json(document: dict[str, Any]) -> None:

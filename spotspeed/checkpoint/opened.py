@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ class OpenedCheckpoint:
         )
 
 
-def open_checkpoint(path: str, tag: str | None = None) -> OpenedCheckpoint:
+def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> OpenedCheckpoint:
     """The newest checkpoint at `path` (a directory or an fsspec URL), or the one tagged `tag`.
 
     Raises ObjectNotFoundError when there is none, CorruptionError when its manifest is damaged.
@@ -130,6 +131,6 @@ def open_checkpoint(path: str, tag: str | None = None) -> OpenedCheckpoint:
     return OpenedCheckpoint(CheckpointReader.open(storage, info.directory, digest=info.digest))
 
 
-def list_checkpoints(path: str) -> list[CheckpointInfo]:
+def list_checkpoints(path: str | os.PathLike[str]) -> list[CheckpointInfo]:
     """The sealed checkpoints at `path`, newest first."""
     return list_sealed(open_storage(path))

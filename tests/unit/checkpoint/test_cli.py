@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,18 @@ def test_a_command_line_that_makes_no_sense_is_code_2(
 @pytest.mark.parametrize("size", ["nan", "inf", "-1", "1e300"])
 def test_a_state_of_no_size_is_code_2(size: str, tmp_path: Path) -> None:
     assert call("doctor", str(tmp_path), "--state-gb", size).exit_code == 2
+
+
+def test_where_there_is_no_torch_the_commands_that_need_it_say_so(
+    storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("deepspeed_export", "deepspeed_import"):
+        monkeypatch.setitem(sys.modules, f"spotspeed.integrations.{module}", None)
+    out = str(tmp_path / "out")
+    for words in (["export", storage.url, "--to", "deepspeed", out, "--ranks", "1"],
+                  ["import", str(tmp_path), "--to", out]):  # fmt: skip
+        assert document(*words, code=3)["error"]["kind"] == "ConfigError"
+        assert "needs PyTorch and DeepSpeed" in call(*words).output
 
 
 def test_what_the_system_refuses_is_one_line(
