@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from typing import Any
 
@@ -65,14 +66,14 @@ class OpenedCheckpoint:
 
     def kinds(self, name: str) -> list[str]:
         """What is stored of `name`: "fp32" and "weight" first, then the optimizer's states."""
-        kinds = {key.kind for key in self._keys() if key.name == name}
+        kinds = set(self._stored.get(name, ()))
         if not kinds:
-            raise self._unknown(f"parameter {name!r}", name, {key.name for key in self._keys()})
+            raise self._unknown(f"parameter {name!r}", name, set(self._stored))
         return [kind for kind in _KIND_ORDER if kind in kinds] + sorted(kinds - {*_KIND_ORDER})
 
     def scopes(self, name: str, kind: str) -> list[str]:
         """The scopes under which (name, kind) is stored; [""] for what all ranks share."""
-        return sorted(key.scope for key in self._keys() if (key.name, key.kind) == (name, kind))
+        return sorted(self._stored.get(name, {}).get(kind, ()))
 
     def shape(self, name: str, kind: str, *, scope: str | None = None) -> tuple[int, ...]:
         """Shape of the logical tensor."""
@@ -95,8 +96,14 @@ class OpenedCheckpoint:
         """
         return self._reader.read_tensor(self._find(name, kind, scope), start, stop)
 
-    def _keys(self) -> list[TensorKey]:
-        return [key for key in self._reader.tensors() if key.kind not in _NOT_THE_MODEL]
+    @functools.cached_property
+    def _stored(self) -> dict[str, dict[str, list[str]]]:
+        """Name to kind to scopes, of the model; a sealed checkpoint does not change."""
+        stored: dict[str, dict[str, list[str]]] = {}
+        for key in self._reader.tensors():
+            if key.kind not in _NOT_THE_MODEL:
+                stored.setdefault(key.name, {}).setdefault(key.kind, []).append(key.scope)
+        return stored
 
     def _find(self, name: str, kind: str, scope: str | None) -> TensorKey:
         kinds = self.kinds(name)

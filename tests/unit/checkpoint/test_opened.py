@@ -40,6 +40,23 @@ def test_a_parameter_is_read_whole_and_in_part(written):
     assert opened.read("positions", "buffer", scope="rank-0").dtype == np.int64
 
 
+def test_reading_many_parameters_looks_through_their_names_once(written, monkeypatch):
+    opened = open_checkpoint(str(written.root))
+    looks = []
+
+    class Watched(dict):
+        def __iter__(self):
+            looks.append(1)
+            return super().__iter__()
+
+    tensors = Watched(opened.reader.tensors())
+    monkeypatch.setattr(opened.reader, "tensors", lambda: tensors)
+    for name in opened.parameters() * 2:
+        for kind in opened.kinds(name):
+            opened.read(name, kind)
+    assert len(looks) == 2, "for the names, and for where each is"
+
+
 def test_a_wrong_name_is_answered_with_the_right_one(written):
     opened = open_checkpoint(str(written.root))
     with pytest.raises(InvalidLayoutError, match=r"no parameter 'embed.wieght'.*'embed.weight'"):
