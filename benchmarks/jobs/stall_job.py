@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,6 @@ class Job:
         self.pad.step_s, self.pad.other_s = options.step_s, sorted(times)[2]
         self.tensors = self._tensors()
         self.size_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        self.warm = {name: torch.zeros_like(tensor) for name, tensor in self.tensors.items()}
 
     def step(self) -> float:
         """One optimizer update; the seconds that it took."""
@@ -178,10 +178,26 @@ class Job:
         future.result()
         return held_s, time.perf_counter() - began, steps
 
+    @cached_property
+    def warm(self) -> dict[str, torch.Tensor]:
+        """Memory for a copy of the state; its pages are there."""
+        return {name: torch.zeros_like(tensor).fill_(1) for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def stager(self) -> DefaultStager:
+        """Keeps its buffers, in shared memory, from save to save."""
+        # Pinning needs a CUDA device; shared buffers that are faulted in are the rest of that mode.
+        return DefaultStager(StagingOptions(
+            use_pinned_memory=torch.cuda.is_available(),
+            use_non_blocking_copy=torch.cuda.is_available(),
+            use_shared_memory=True, use_async_staging=False,
+        ))  # fmt: skip
+
     def memcpy(self) -> tuple[float, float, list[float]]:
+        warm = self.warm
         began = time.perf_counter()
         for name, tensor in self.tensors.items():
-            self.warm[name].copy_(tensor)
+            warm[name].copy_(tensor)
         took = time.perf_counter() - began
         return took, took, []
 
@@ -206,11 +222,6 @@ class Job:
     def contenders(self) -> dict[str, Callable[[], tuple[float, float, list[float]]]]:
         self.group = distributed.new_group(backend="gloo")
         kinds = AsyncCheckpointerType
-        # Pinning needs a CUDA device; shared buffers that are faulted in are the rest of that mode.
-        options = StagingOptions(use_pinned_memory=torch.cuda.is_available(),
-                                 use_non_blocking_copy=torch.cuda.is_available(),
-                                 use_shared_memory=True, use_async_staging=False)  # fmt: skip
-        cached = DefaultStager(options)
         return {
             "no save": self.nothing,
             "spotspeed, periodic": self.spotspeed,
@@ -220,7 +231,7 @@ class Job:
             "DeepSpeed save_checkpoint": self.deepspeed,
             "DCP async_save, thread": lambda: self.dcp(kinds.THREAD),
             "DCP async_save, process": lambda: self.dcp(kinds.PROCESS),
-            "DCP async_save, cached": lambda: self.dcp(kinds.THREAD, cached),
+            "DCP async_save, cached": lambda: self.dcp(kinds.THREAD, self.stager),
             "plain memcpy": self.memcpy,
             "raw O_DIRECT write + fsync": self.raw_write,
         }
