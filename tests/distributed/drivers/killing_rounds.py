@@ -23,16 +23,18 @@ from spotspeed.staging.client import find_saver
 from spotspeed.staging.copy_plan import CopyPlan
 from spotspeed.storage.local import LocalStorage
 from tests.distributed.drivers.saver_rank import Rank, pieces_of
-from tests.distributed.saver_ranks import LIMIT_S, wait_gone
+from tests.distributed.saver_ranks import wait_gone
 
 COUNT, ELEMENTS = 6, 1_000_000
 POOL_GB = 0.012
 """Smaller than a save, so that staging, writing and waiting for slots go on together."""
+HANG_S = 300.0
+"""After so long something hangs; a machine that does much else takes a minute to start a saver."""
 KILLING = str(Path(__file__).with_name("killing"))
 
 
 def await_files(*files: Path) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + HANG_S
     while not all(file.exists() for file in files):
         assert time.monotonic() < deadline, f"{files} never came"
         time.sleep(0.002)
@@ -95,10 +97,10 @@ def play(path: Path, step: int, place: Path, point: str, victim: str) -> None:
     (place / "new").write_text(" ".join(map(str, words)))
     (place / "new").rename(place / "victims")
     for rank in ranks:
-        wait_gone(rank)
+        wait_gone(rank, HANG_S)
     for rank in ranks:
         os.waitpid(rank, 0)
-    wait_gone(saver)
+    wait_gone(saver, HANG_S)
 
 
 def await_no_saver(path: Path) -> None:
@@ -106,7 +108,7 @@ def await_no_saver(path: Path) -> None:
     while (session := find_saver(str(path))) is not None:
         with contextlib.closing(session):
             saver = session.saver_pid
-        wait_gone(saver)
+        wait_gone(saver, HANG_S)
 
 
 def check(path: Path, step: int, place: Path, victim: str, before: set[int]) -> None:
