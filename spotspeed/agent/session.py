@@ -43,6 +43,7 @@ from spotspeed.core.saver_protocol import (
     Freed,
     Hello,
     Kept,
+    LostPart,
     Message,
     Need,
     Notify,
@@ -190,6 +191,8 @@ class Session:
                 self._check_known(number)
                 if save := self._saves.get(number):
                     save.stop(reason)
+            case LostPart(directory, rank, reason):
+                house.sealer.broken(directory, rank, f"rank {rank} failed: {reason}")
             case Need(count):
                 self._ledger.need(count)
             case Drain(before_epoch):

@@ -23,7 +23,7 @@ from spotspeed.core.manifest import Ticket
 from spotspeed.core.saver_fields import PARSERS, NewObject
 from spotspeed.errors import FormatError, InvalidLayoutError
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
 MAX_SLOTS: Final = 1 << 20
 MAX_EPOCH: Final = 2**53
@@ -99,6 +99,15 @@ class Abandon:
     """The save shall not be finished; its slots come back."""
 
     save: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LostPart:
+    """A rank's part of the save in `directory` went with an earlier saver: nobody is to wait."""
+
+    directory: str
+    rank: int
     reason: str
 
 
@@ -255,12 +264,12 @@ class Noticed:
 Message = (
     Hello | Describe | Begin | Chunks | End | Abandon | Need | Drain | Renew | Notify | UseTier
     | Welcome | Refused | Freed | Kept | Bypassed | Cost | Stored | Sealed | Failed | Progress
-    | Drained | Noticed
+    | Drained | Noticed | LostPart
 )  # fmt: skip
 
 _CODES: dict[int, type[Any]] = {
     1: Hello, 2: Begin, 3: Chunks, 4: End, 5: Abandon, 6: Need, 7: Drain, 8: Renew, 9: Notify,
-    10: UseTier, 11: Describe,
+    10: UseTier, 11: Describe, 12: LostPart,
     33: Welcome, 34: Refused, 35: Freed, 36: Stored, 37: Sealed, 38: Failed, 39: Progress,
     40: Drained, 41: Noticed, 42: Kept, 43: Bypassed,
     44: Cost,

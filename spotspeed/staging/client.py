@@ -8,7 +8,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from spotspeed.core.frozen import ObjectRecord
@@ -76,6 +76,9 @@ class SaveListener(Protocol):
         """The save failed; the last call."""
 
 
+OnLoss = Callable[[Sequence[SaveListener]], None]
+
+
 class SaverSession:
     """An open session with a saver; methods may be called from any thread.
 
@@ -98,7 +101,7 @@ class SaverSession:
         self._outbox = Outbox(connection.socket, self._give_up)
         self._error: SpotSpeedError | None = None
         self._is_closing = False
-        self._when_lost: Callable[[], None] | None = None
+        self._when_lost: OnLoss | None = None
         self._loss = "what it had not sealed is lost, and the next save starts a new one"
         self._reader = threading.Thread(target=self._read, name="spotspeed-saver", daemon=True)
         self._reader.start()
@@ -108,13 +111,16 @@ class SaverSession:
         """Whether the saver is still there."""
         return self._error is None
 
-    def when_lost(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called when the saver is gone, unless this session is closed before."""
+    def when_lost(self, callback: OnLoss) -> None:
+        """Have `callback` called when the saver is gone, unless this session is closed before.
+
+        It gets those whose saves have failed by that.
+        """
         with self._lock:
             self._when_lost = callback
             is_lost = self._error is not None and not self._is_closing
         if is_lost:
-            callback()
+            callback(())
 
     def slot_address(self, slot: int) -> int:
         """Where slot `slot` begins in this process's memory."""
@@ -271,7 +277,7 @@ class SaverSession:
         for listener in listeners:
             listener.failed(error)
         if callback is not None:
-            callback()
+            callback(listeners)
         return error
 
 

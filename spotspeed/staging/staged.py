@@ -146,6 +146,11 @@ class StagedSave:
         return {item.content: item for item in objects}
 
     @property
+    def is_stored(self) -> bool:
+        """Whether this rank's part is known to be durable, at the store or on the node's disk."""
+        return self._is_kept or _is_fine(self.stored_completion)
+
+    @property
     def is_settled(self) -> bool:
         """Whether it is known how it ended."""
         return self.upload_completion.done()

@@ -20,11 +20,17 @@ from spotspeed.core.deadline import Orders
 from spotspeed.core.frozen import ObjectRecord
 from spotspeed.core.layout import Fragment, TensorKey
 from spotspeed.core.manifest import Ticket
-from spotspeed.core.saver_protocol import Drained
+from spotspeed.core.saver_protocol import Drained, LostPart
 from spotspeed.errors import SpotSpeedError, StorageError
 from spotspeed.events import Reserved, emit
 from spotspeed.staging.check import Window
-from spotspeed.staging.client import OnNotice, SaverSession, find_saver, open_session
+from spotspeed.staging.client import (
+    OnNotice,
+    SaveListener,
+    SaverSession,
+    find_saver,
+    open_session,
+)
 from spotspeed.staging.devices import ENGINES, Engines
 from spotspeed.staging.frozen import FrozenShare, plan_share
 from spotspeed.staging.launch import rendezvous_url
@@ -45,6 +51,8 @@ URGENT_REASONS = frozenset({"notice", "explicit", "final"})
 BACKGROUND_NICE = 10
 CLOSE_TIMEOUT_S = 5.0
 RESTART_PAUSE_S = 2.0
+_LOST_MAX = 16
+"""Of how many lost parts each later saver is told: for the last ones somebody may still wait."""
 _logger = logging.getLogger("spotspeed")
 
 
@@ -93,6 +101,7 @@ class Stager:
         self._session: SaverSession | None = None
         self._session_lock = threading.Lock()
         self._owner: tuple[int, float] | None = None
+        self._lost: deque[LostPart] = deque(maxlen=_LOST_MAX)
         self._numbers = itertools.count(1)
         threads = copy_threads(local_world_size)
         self._lazy = CopyEngine(threads, low_priority=True)
@@ -170,6 +179,9 @@ class Stager:
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the stager is closed")
+            again = (ticket.directory, part)
+            for lost in [lost for lost in self._lost if (lost.directory, lost.rank) == again]:
+                self._lost.remove(lost)
             self._jobs.append(save)
             self._last = save
             self._unsettled = [job for job in self._unsettled if not job.is_settled] + [save]
@@ -291,15 +303,28 @@ class Stager:
             self._pin(self._session)
             if self._owner is not None:
                 self._session.renew_owner(self._owner[0], period_s=self._owner[1])
+            with self._changed:
+                lost = list(self._lost)
+            for part in lost:
+                self._session.send(part)
             self._session.when_lost(self._replace_saver)
             return self._session
 
-    def _replace_saver(self) -> None:
-        """The saver is gone. The path's owner must stay known as alive, so its rank starts another.
+    def _replace_saver(self, failed: Sequence[SaveListener]) -> None:
+        """The saver is gone, and the saves that it had of this rank have failed.
 
-        The others do so with their next save.
+        Another is started at once where somebody needs it: the path's owner must stay known as
+        alive, and ranks of this node that give their part to the next saver must not wait for one
+        that is lost. Else the next save does it.
         """
-        if self._owner is not None and not self._is_closed:
+        parts = [
+            LostPart(save.ticket.directory, save.rank, "its saver died before it was stored")
+            for save in failed
+            if isinstance(save, StagedSave) and not save.is_stored
+        ]
+        with self._changed:
+            self._lost += parts
+        if (self._owner is not None or self._lost) and not self._is_closed:
             name = "spotspeed-saver-restart"
             threading.Thread(target=self._keep_trying, name=name, daemon=True).start()
 
@@ -310,7 +335,7 @@ class Stager:
                 self._open_session()
                 return
             except SpotSpeedError as error:
-                _logger.warning("no saver renews the owner record for now: %s", error)
+                _logger.warning("there is no saver for now: %s", error)
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closed, RESTART_PAUSE_S)
 

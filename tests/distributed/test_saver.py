@@ -84,6 +84,28 @@ def test_a_killed_saver_fails_its_saves_and_the_next_save_works(path: Path) -> N
     check_sealed(path, 2, world_size=1, **SMALL)
 
 
+def test_a_part_that_was_lost_with_a_saver_fails_the_save_for_all(path: Path) -> None:
+    """Rank 1 gives its part to the next saver, which has never heard of rank 0's."""
+    with RankProcess(path, 0, 2) as first, RankProcess(path, 1, 2) as second:
+        saver = first.ask("reserve", size_bytes=1 << 20)["saver_pid"]
+        with stopped(saver):
+            first.ask("stage", step=1, **SMALL)
+            first.ask("wait_staged", step=1)
+            os.kill(saver, signal.SIGKILL)
+        assert "died" in first.ask("result", step=1)["text"]
+        # Whichever saver comes next is told, also when it is not the first after the loss.
+        next_saver = second.ask("reserve", size_bytes=1 << 20)["saver_pid"]
+        os.kill(next_saver, signal.SIGKILL)
+        wait_gone(next_saver)
+        second.ask("stage", step=1, **SMALL)
+        answer = second.ask("result", step=1)
+        assert answer["error"] == "StorageError" and "rank 0 failed" in answer["text"]
+        for rank in (first, second):
+            rank.ask("stage", step=2, **SMALL)
+        assert first.ask("result", step=2) == second.ask("result", step=2)
+    check_sealed(path, 2, world_size=2, **SMALL)
+
+
 def test_a_saver_killed_in_mid_staging_does_not_block_the_training(path: Path) -> None:
     with RankProcess(path, host_memory_gb=SMALL_POOL_GB) as rank:
         first = rank.ask("reserve", size_bytes=1 << 20)["saver_pid"]
