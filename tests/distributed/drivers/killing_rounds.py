@@ -88,6 +88,9 @@ def play(path: Path, step: int, place: Path, point: str, victim: str) -> None:
         if child == 0:
             try:
                 be_rank(path, rank, step, place, point)
+            except Exception:
+                traceback.print_exc()
+                sys.stderr.flush()
             finally:
                 os._exit(0)
         ranks.append(child)
