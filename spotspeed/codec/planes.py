@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import numpy as np
-
 from spotspeed.codec.digest import Buffer
 
 
@@ -34,10 +32,10 @@ def split_planes(chunk: Buffer, item_bytes: int, out: bytearray | memoryview) ->
     if _native is not None:
         _native.split_planes(chunk, out, item_bytes)
         return
-    items = np.frombuffer(chunk, np.uint8).reshape(-1, item_bytes)
-    planes = np.frombuffer(out, np.uint8).reshape(item_bytes, -1)
+    count = len(chunk) // item_bytes
+    numbers, planes = memoryview(chunk).cast("B"), memoryview(out).cast("B")
     for number in range(item_bytes):
-        planes[number] = items[:, number]
+        planes[number * count : (number + 1) * count] = numbers[number::item_bytes]
 
 
 def join_planes(planes: Buffer, item_bytes: int, out: bytearray | memoryview) -> None:
@@ -46,10 +44,10 @@ def join_planes(planes: Buffer, item_bytes: int, out: bytearray | memoryview) ->
     if _native is not None:
         _native.join_planes(planes, out, item_bytes)
         return
-    items = np.frombuffer(out, np.uint8).reshape(-1, item_bytes)
-    source = np.frombuffer(planes, np.uint8).reshape(item_bytes, -1)
+    count = len(planes) // item_bytes
+    source, numbers = memoryview(planes).cast("B"), memoryview(out).cast("B")
     for number in range(item_bytes):
-        items[:, number] = source[number]
+        numbers[number::item_bytes] = source[number * count : (number + 1) * count]
 
 
 def _check(size: int, item_bytes: int, out_size: int) -> None:

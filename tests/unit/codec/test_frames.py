@@ -97,7 +97,7 @@ def test_threads_encode_at_once():
 
 
 @pytest.mark.parametrize("item_bytes", [2, 4, 8])
-def test_native_and_numpy_planes_agree(item_bytes, monkeypatch):
+def test_native_and_python_planes_agree(item_bytes, monkeypatch):
     data = np.random.default_rng(2).bytes(item_bytes * 1003)
     results = []
     for native in (planes_module._native, None):
