@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from spotspeed.errors import CaptureError, InvalidLayoutError, UnsupportedLayoutError
+from spotspeed.state import huge_pages
 from spotspeed.state.partition import Slot
 from spotspeed.state.piece import flat_elements
 
@@ -147,6 +148,7 @@ def empty_like(master: torch.Tensor, optimizer: Any, slots: Iterable[Slot]) -> t
     takes about as long as to read it.
     """
     made = torch.empty_like(master.detach(), dtype=state_dtype(master, optimizer))
+    huge_pages.ask(made)
     if not made.is_contiguous():
         return made.zero_()
     flat, end = made.view(-1), 0
