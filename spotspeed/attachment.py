@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from spotspeed.checkpoint.session import absolute
 from spotspeed.checkpointer import Checkpointer
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.notice.workplace import path_hint, settle
-from spotspeed.errors import ConfigError, SpotSpeedError
+from spotspeed.errors import ConfigError, OccupiedError, SpotSpeedError
 from spotspeed.exit import watch_refusals
 from spotspeed.rehearsal import VARIABLE, rehearsal_here
 from spotspeed.rehearsing import Rehearsing, redirected, rehearse
@@ -19,8 +20,9 @@ from spotspeed.state import boundary
 from spotspeed.state.engine import Engine, require_block
 from spotspeed.state.late import Stateful, source_of
 
+_logger = logging.getLogger("spotspeed")
 _tied: Counter[str] = Counter()
-"""How many engines of this process were attached by nobody in particular, by path."""
+"""The last place that an engine of this process has, or has found taken, by path."""
 _rehearsed: list[str] = []
 """The paths of engines that `spotspeed certify` trains in this process: one."""
 
@@ -68,17 +70,24 @@ def attach_next(engine: Engine) -> Checkpointer:
     """As `attach`, for an engine that shares its config with others, as in a script with several.
 
     Each goes on in the next launch where it was: the second engine made with a path lives at
-    `engine-2` below it, and so on, in the order in which the script makes them.
+    `engine-2` below it, and so on, in the order in which the script makes them. What another
+    process of the script has at the moment is passed over.
     """
     watch_refusals()
     config = require_block(engine, path_hint=path_hint(os.environ))
     path = absolute(config.path)
-    number = _tied[path] + 1
-    if number > 1:
-        config = config.model_copy(update={"path": f"{path.rstrip('/')}/engine-{number}"})
-    checkpointer = _tie(engine, config)
-    _tied[path] = number
-    return checkpointer
+    while True:
+        _tied[path] += 1
+        if _tied[path] > 1:
+            place = f"{path.rstrip('/')}/engine-{_tied[path]}"
+            config = config.model_copy(update={"path": place})
+        try:
+            return _tie(engine, config)
+        except OccupiedError as error:
+            _logger.info("%s", error)
+        except SpotSpeedError:
+            _tied[path] -= 1
+            raise
 
 
 def _take_over(known: Checkpointer, loader: Any, state: Mapping[str, Stateful]) -> Checkpointer:

@@ -5,38 +5,39 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NoReturn
 
-from spotspeed import dropin, events
-from spotspeed.checkpoint.agreement import TimedExchange, share_all
+from spotspeed import dropin
+from spotspeed.checkpoint.agreement import TimedExchange, share_all, share_large
 from spotspeed.checkpoint.named import NamedSave
 from spotspeed.checkpoint.passing import Passing
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
 from spotspeed.checkpoint.register import SaveRegister
 from spotspeed.checkpoint.restore import Restored, Seat, restore_agreed
 from spotspeed.checkpoint.save import Seen, begin_save, see, share_of
-from spotspeed.checkpoint.session import Standing, open_session
+from spotspeed.checkpoint.session import open_session
 from spotspeed.checkpoint.survivors import Lost, take_seats
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import GateVerdict
 from spotspeed.core.manifest import Manifest, Ticket
-from spotspeed.errors import ConfigError, CorruptionError, LeavingError, SpotSpeedError
+from spotspeed.errors import ConfigError, LeavingError, SpotSpeedError
 from spotspeed.exit import EXIT_NOT_DURABLE, ExitWatch, has_failed
 from spotspeed.interruption import Interruption
+from spotspeed.progress import Progress
 from spotspeed.roll_call import RollCall
 from spotspeed.state import boundary, loader_guard
 from spotspeed.state.engine import Engine, rank_of, run_loader, world_size_of
 from spotspeed.state.late import LateState, Source, Stateful
 from spotspeed.state.loader import engine_batches
+from spotspeed.state.mesh import Gather, alone, is_divided
 from spotspeed.state.provider import provider_for
 from spotspeed.state.small import SmallState
 from spotspeed.storage.contract import Storage
 
 CLOSE_TIMEOUT_S = 1800.0
 """Longest time that close() waits for the other ranks and for the last bytes."""
-STALL_REPORT_S = 1.0
-"""A step that is held for longer than this is reported."""
 
 
 class Checkpointer:
@@ -51,28 +52,43 @@ class Checkpointer:
         """`is_implicit`: nobody attached it, so nothing is saved that was not asked for."""
         self.engine, self.config, self.loader = engine, config, loader
         self.rank, self.world_size = rank_of(engine), world_size_of(engine)
-        self._provider = provider_for(engine)
-        self._small = SmallState(engine, self._provider.group_names, late=LateState(state))
-        self.hurry = self._small.late.hurry
-        self._restored: Restored | None = None
-        self._has_restored = self._is_started = self._is_closed = False
-        self.is_prepared = False  # Attached and restored before the script asked for it.
-        self._lost = ""  # Why there is no state to train or save, if so.
+        self.progress, self._is_closed = Progress(), False
         self.is_implicit, self._save_began = is_implicit, time.monotonic()
+        late = LateState(state)
+        if not is_divided(engine):  # What one rank refuses alone, before anything is opened.
+            self._describe_by(late)
         self._cuts = Interruption(self, config, self.rank)
         self._session = open_session(config, self.rank, self.world_size, listener=self._cuts)
-        self.storage: Storage = self._session.storage
-        self.origin = self.storage  # Where restore() looks; a rehearsal begins elsewhere.
+        self.storage = self.origin = self._session.storage  # A rehearsal's origin is elsewhere.
         self.exchange: TimedExchange = self._session.coordinator.exchange
+        self.progress.may_differ = self._session.may_differ
+        with ExitStack() as opened:
+            opened.callback(self._session.close, is_done=True, is_awaited=False)
+            if is_divided(engine):
+                self._describe_by(late, partial(share_large, self.exchange, "mesh"))
+            self._listen(opened)
+            opened.pop_all()
+
+    def _describe_by(self, late: LateState, gather: Gather = alone) -> None:
+        self._provider = provider_for(self.engine, gather)
+        self._small = SmallState(self.engine, self._provider.group_names, late=late)
+        self.hurry = self._small.late.hurry
+
+    def _listen(self, opened: ExitStack) -> None:
+        """Hear from the engine from here on; `opened` is closed where that fails."""
+        engine = self.engine
         self.passing = Passing(self.storage, self._session.epoch, exchange=self.exchange,
                                forwards=lambda: boundary.forwards_of(engine))  # fmt: skip
         self._saves = SaveQueue(self._describe, self._begin, self._small.late.await_end,
                                 self.passing.look)  # fmt: skip
+        opened.callback(self._saves.close)
         self._register = SaveRegister(self._saves)
         self._exit = ExitWatch(self._close_at_exit)
+        opened.callback(self._exit.disarm)
         self._roll_call = RollCall(engine, self.rank, self._session.coordinator)
         self._cuts.begin(self._session, self._exit, self._roll_call)
         self._binding = boundary.bind(engine, self)
+        opened.callback(boundary.unbind, engine)
         self._binding.watches_forward = True
         self._small.record()
         self._session.stager.reserve(*share_of(self._provider, self._small, engine.global_steps))
@@ -86,23 +102,24 @@ class Checkpointer:
         None on a fresh start; every rank returns or raises the same: an older one is taken when
         the newest does not verify (CorruptionError when none does); ReshardError: another model.
         """
-        if self._is_started and (self._binding.forwards or not self.is_prepared):
+        progress = self.progress
+        if progress.is_started and (self._binding.forwards or not progress.is_prepared):
             raise ConfigError("restore() must come before the first step")
-        if self._is_started:  # `spotspeed.run` has restored it, but for what came with `attach`.
+        if progress.is_started:  # `spotspeed.run` has restored it, but for what came with `attach`.
             is_done = tag is None and not self._small.late
-            return self._restored if is_done else self.load(self.origin, self.seat, tag)
+            return progress.restored if is_done else self.load(self.origin, self.seat, tag)
         try:
-            seat = self._cuts.announcing(self.seat, self._saves)
+            seat = self._cuts.announcing(progress.watching(self.seat), self._saves)
             restored = restore_agreed(self.origin, seat, tag=tag)
         except LeavingError:
             self._leave("before the first step")
         except SpotSpeedError:
             # What is in the engine now is no state of the run: nothing of it may be saved.
+            progress.is_changed = any(share_all(self.exchange, "changed", progress.is_changed))
             self._detach()
             raise
-        self._restored = restored if self.origin is self.storage else None
-        self._session.record_restored(self._restored)
-        self._has_restored = True
+        progress.take(restored if self.origin is self.storage else None)
+        self._session.record_restored(progress.restored)
         self._start()
         return restored
 
@@ -156,45 +173,40 @@ class Checkpointer:
         or asks for less. After an error the state is what it was or, where a rank had begun to
         replace it, lost: then only another load is possible.
         """
-        before = self._restored
-        self._hold_saves()
-        changed: list[bool] = []
-        seat = replace(seat, on_change=lambda: changed.append(True))
+        progress = self._hold_saves()
         try:
-            restored = restore_agreed(storage, seat, tag=name, digest=digest)
+            restored = restore_agreed(storage, progress.watching(seat), tag=name, digest=digest)
         except SpotSpeedError as error:
-            lost = f"the state is lost in a failed load: load another, whole checkpoint ({error})"
-            self._lost = lost if changed else self._lost
-            if any(share_all(self.exchange, "load-failed", bool(changed))):
-                self._lost = lost
-            elif not self._lost:
-                self._restored, self._cuts.is_changing = before, False
+            progress.fail(error)
+            progress.is_changed = any(share_all(self.exchange, "changed", progress.is_changed))
+            self._cuts.is_changing = not progress.go_back(error)
             raise
-        self._lost = "" if seat.is_whole else self._lost
+        progress.lost = "" if seat.is_whole else progress.lost
         self._begin_branch()
         if restored is not None and seat.is_whole and storage.url == self.storage.url:
-            self._restored, self._has_restored = restored, True
+            progress.take(restored)
             self._session.record_restored(restored)
         self._start()
         return restored
 
     def load_elsewhere(self, loader: boundary.Loader) -> Any:
         """What DeepSpeed's `loader` returns or raises; if it changed the state, a branch begins."""
-        before = self._restored
-        self._hold_saves()
+        progress = self._hold_saves()
         outcome, has_changed = run_loader(self.engine, loader)
         if any(share_all(self.exchange, "loaded-elsewhere", has_changed)):
-            self._lost = ""
+            progress.lost = ""
             self._begin_branch()
-        elif not self._lost:
-            self._restored, self._cuts.is_changing = before, False
+        else:
+            self._cuts.is_changing = not progress.go_back()
         return outcome.result()
 
-    def _hold_saves(self) -> None:
+    def _hold_saves(self) -> Progress:
         """Finish the saves in flight, and capture nothing from here on."""
         with self._cuts.lock:
-            self._cuts.is_changing, self._restored = True, None
+            self._cuts.is_changing = True
+            self.progress.set_aside()
         self.settle()
+        return self.progress
 
     def settle(self) -> None:
         """Wait, on every rank, until each save is durable, with its marker, or has failed."""
@@ -205,9 +217,9 @@ class Checkpointer:
     def _begin_branch(self) -> None:
         """Another state follows, to which no saved one leads so far."""
         self._register.forget()
-        if self._is_started:
+        if self.progress.is_started:
             self._session.begin_epoch()
-        self._has_restored = self._is_started = False
+        self.progress.begin_branch()
         self._binding.watches_forward = True
 
     @property
@@ -245,15 +257,15 @@ class Checkpointer:
         is_awaited = False
         try:
             self._roll_call.refuse_torn()
-            if not self._lost:
+            if not self.progress.lost:
                 self._start()
-            elif not self._is_started:
+            elif not self.progress.is_started:
                 return
             self._small.end_step()
             step = int(self.engine.global_steps)
-            exchange = self._roll_call.waiting(error)
-            is_kept = bool(self.is_implicit or self._lost)
-            is_kept = is_kept or self._register.has_everywhere(exchange, step, self.standing())
+            exchange, standing = self._roll_call.waiting(error), self.progress.standing()
+            is_kept = bool(self.is_implicit or self.progress.lost)
+            is_kept = is_kept or self._register.has_everywhere(exchange, step, standing)
             last = None if is_kept else self.submit(step, "final", f"step-{step}", "final")
             self._register.settle(exchange, CLOSE_TIMEOUT_S)
             is_awaited = True
@@ -289,9 +301,7 @@ class Checkpointer:
         self._start()
         if self._small.late and self._binding.watches_forward:
             self._small.end_step()  # A pipeline's step has no forward of its own.
-        held_s = self._saves.close_window(self.config.staging.max_hold_s)
-        if held_s > STALL_REPORT_S:
-            events.emit(events.Stalled("staging", held_s, int(engine.global_steps)))
+        self._saves.open_gate(self.config.staging.max_hold_s, int(engine.global_steps))
         if self._session.coordinator.gate(int(engine.global_steps) + 1) is GateVerdict.LEAVE:
             self._leave("at the gate of the next step")
         self._roll_call.is_updating = True
@@ -319,19 +329,12 @@ class Checkpointer:
 
     def is_on_grid(self, step: int) -> bool:
         """Whether every rank saves at this step of its own accord."""
-        every, first = self.config.interval.steps, self._restored.step if self._restored else 0
-        return every is not None and step > first and step % every == 0
-
-    def standing(self) -> Standing | None:
-        """The checkpoint that was restored, which holds exactly its step."""
-        restored = self._restored
-        return None if restored is None else Standing(restored.step, restored.digest)
+        return self.progress.is_on_grid(step, self.config.interval.steps)
 
     def submit(self, step: int, attempt: str, tag: str, reason: str, lost: Lost = ()) -> SaveHandle:
         """The save of `step` named `attempt`: a new one, or the one that already has this name."""
-        origin = self._restored.directory if self._restored else None
-        ticket = Ticket(self._session.epoch, step, attempt, tag, reason,
-                        self.world_size - len(lost), int(time.time()), origin)  # fmt: skip
+        where = (tag, reason, self.world_size - len(lost), int(time.time()), self.progress.origin)
+        ticket = Ticket(self._session.epoch, step, attempt, *where)
         handle, is_new = self._register.submit(ticket, lost=lost)
         if is_new:
             self._save_began = time.monotonic()
@@ -345,14 +348,11 @@ class Checkpointer:
             self._cuts.follow(fresh)
         return fresh
 
-    # Inside.
-
     def _start(self) -> None:
-        if self._lost:
-            raise CorruptionError(self._lost)
-        if not self._is_started:
-            self._is_started = True
-            if not self._has_restored:
+        self.progress.require_state()
+        if not self.progress.is_started:
+            self.progress.is_started = True
+            if not self.progress.has_restored:
                 self._session.record_restored(None)
             self._small.record()
             self._session.coordinator.start(int(self.engine.global_steps))
@@ -367,8 +367,8 @@ class Checkpointer:
         """Stage one save, on the queue's thread."""
         sources = (seen, self._small, self._session.stager)
         seats = take_seats(self, handle.ticket, self._register.lost(handle))
-        orders = self._cuts.orders(handle)
-        return begin_save(handle.ticket, seats=seats, sources=sources, orders=orders)
+        return begin_save(handle.ticket, seats=seats, sources=sources,
+                          orders=self._cuts.orders(handle))  # fmt: skip
 
     def _leave(self, where: str) -> NoReturn:
         """End the thread that trains, or the one that closes after it; then the process ends."""
@@ -380,7 +380,7 @@ class Checkpointer:
 
     def _close_at_exit(self, error: BaseException | None) -> None:
         """The process ends and nobody has called close()."""
-        if not has_failed(error) or (isinstance(error, SystemExit) and self._is_started):
+        if not has_failed(error) or (isinstance(error, SystemExit) and self.progress.is_started):
             with self._cuts.deserting(error):
                 return self._close(error)
         if self._cuts.is_of_a_loss(error):
@@ -394,6 +394,5 @@ class Checkpointer:
             loader_guard.release()
             self._small.late.close()
             self._saves.close()
-            is_done = not self._saves.unfinished()
-            self._session.close(is_done=is_done, is_awaited=is_awaited)
+            self._session.close(is_done=not self._saves.unfinished(), is_awaited=is_awaited)
             self._exit.disarm()

@@ -19,6 +19,7 @@ SpotSpeedError
     ├── CutTimeoutError        the ranks did not reach one step in time
     ├── LeavingError           all ranks leave, and agree on nothing else any more
     └── OwnedError             the path belongs to another living job
+        └── OccupiedError      ... to another process of the same script
 """
 
 from __future__ import annotations
@@ -120,3 +121,7 @@ class LeavingError(CoordinationError):
 
 class OwnedError(CoordinationError):
     """`path` belongs to another job that is alive."""
+
+
+class OccupiedError(OwnedError):
+    """`path` belongs to a living process of this very script, for another engine."""

@@ -16,7 +16,7 @@ from typing import Protocol
 from spotspeed import events
 from spotspeed.checkpoint.queue import SaveHandle, SaveQueue
 from spotspeed.checkpoint.restore import Seat
-from spotspeed.checkpoint.session import Session, Standing
+from spotspeed.checkpoint.session import Session
 from spotspeed.checkpoint.survivors import Lost
 from spotspeed.config import SpotSpeedConfig
 from spotspeed.coordinator.coordinator import Cut
@@ -32,6 +32,7 @@ from spotspeed.exit import (
     leave_now,
 )
 from spotspeed.planning import Planner, launcher_grace_s, pod_grace_s
+from spotspeed.progress import Progress
 from spotspeed.roll_call import RollCall, is_roll_call
 from spotspeed.staging.staged import StagingFacts
 from spotspeed.supervised import tell
@@ -70,8 +71,9 @@ class Saves(Protocol):
         """There are `grace_s` seconds to wait for what a save still lacks."""
         ...
 
-    def standing(self) -> Standing | None:
-        """What was restored and has been trained on from, if anything."""
+    @property
+    def progress(self) -> Progress:
+        """What state the engine is in."""
         ...
 
 
@@ -207,7 +209,7 @@ class Interruption:
             if answer:
                 return coordinator.report_failed(cut.round, answer)
             return coordinator.report_durable(cut.round, None)
-        standing = self._session.standing if cut.step < 0 else self._saves.standing()
+        standing = self._session.standing if cut.step < 0 else self._saves.progress.standing()
         if standing is not None and cut.step in (standing.step, -1):
             return coordinator.report_durable(cut.round, standing.digest)
         if cut.step < 0:

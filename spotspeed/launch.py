@@ -11,7 +11,7 @@ from typing import Any
 from spotspeed import children
 from spotspeed.attachment import attach_next
 from spotspeed.coordinator.notice.workplace import path_hint
-from spotspeed.errors import CaptureError, UnsupportedLayoutError
+from spotspeed.errors import CaptureError, ReshardError, UnsupportedLayoutError
 from spotspeed.integrations import deepspeed_consolidate, deepspeed_universal, huggingface
 from spotspeed.state import boundary
 from spotspeed.state.engine import block_of
@@ -40,8 +40,10 @@ def install() -> None:
 
     One path is one job: an engine of another model than the checkpoints there are of is refused
     (InvalidLayoutError), and so is one in another process while the first lives (OwnedError), as
-    nobody else can tell them from a job that was changed or started twice by mistake. Tests that
-    build many models need a path each.
+    nobody else can tell them from a job that was changed or started twice by mistake. But worlds
+    that one script starts by multiprocessing are its own: where one lives, or has left checkpoints
+    of another model, the next takes the next place; and so does an engine of another model where
+    all checkpoints belong to directories that somebody saved to.
     """
     boundary.install_hooks()
     boundary.on_new_engine(_attach_new)
@@ -59,9 +61,20 @@ def _attach_new(engine: Any) -> None:
         checkpointer = attach_next(engine)
     except (UnsupportedLayoutError, CaptureError) as error:
         return _leave_to_deepspeed(str(error))
-    if not _is_built_by_framework():
-        checkpointer.restore()
-        checkpointer.is_prepared = True
+    while not _is_built_by_framework() and not checkpointer.progress.is_prepared:
+        try:
+            checkpointer.restore()
+            checkpointer.progress.is_prepared = True
+        except ReshardError as error:
+            if not checkpointer.progress.may_step_aside:
+                raise
+            where = checkpointer.storage.url
+            checkpointer = attach_next(engine)
+            _logger.warning(
+                "the checkpoints at %s are of another model, so this engine begins at %s: give "
+                "each model a path of its own (%s)",
+                where, checkpointer.storage.url, str(error).partition("\n")[0],
+            )  # fmt: skip
 
 
 def _leave_to_deepspeed(why: str) -> None:

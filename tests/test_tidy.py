@@ -38,7 +38,8 @@ ROOM_OF = {
     "interruption": "checkpointer", "attachment": "checkpointer", "children": "run",
     "rehearsal": "exit", "rehearsing": "checkpointer", "supervised": "exit",
     "doctor": "report", "api": "checkpointer", "dropin": "checkpointer",
-    "planning": "checkpointer", "roll_call": "checkpointer", "build_locks": "exit",
+    "planning": "checkpointer", "progress": "checkpointer", "roll_call": "checkpointer",
+    "build_locks": "exit",
 }  # fmt: skip
 """Modules beside the package's rooms, and the room each belongs to."""
 

@@ -11,6 +11,8 @@ from spotspeed import errors
 from spotspeed.errors import SpotSpeedError
 
 T = TypeVar("T")
+ROUND_BYTES = 1 << 20
+"""What all ranks together say in one round of a long exchange."""
 PATIENCE_S = 600.0
 """How long ranks that are expected are waited for."""
 Exchange = Callable[[str, bytes], list[bytes]]
@@ -103,6 +105,19 @@ def raise_first(verdicts: list[Verdict]) -> None:
 def share_all(exchange: Exchange, label: str, value: Any) -> list[Any]:
     """Every rank's plain JSON value, in order of rank."""
     return [json.loads(answer) for answer in exchange(label, json.dumps(value).encode())]
+
+
+def share_large(exchange: Exchange, label: str, value: Any) -> list[Any]:
+    """As `share_all`, for values of any size: in rounds that the control plane can carry."""
+    data = json.dumps(value).encode()
+    sizes = share_all(exchange, label, len(data))
+    step = max(1, ROUND_BYTES // len(sizes))
+    parts: list[list[bytes]] = [[] for _ in sizes]
+    for start in range(0, max(sizes), step):
+        answers = exchange(f"{label} from {start}", data[start : start + step])
+        for part, answer in zip(parts, answers, strict=True):
+            part.append(answer)
+    return [json.loads(b"".join(part)) for part in parts]
 
 
 def waiting(exchange: TimedExchange, timeout_s: float) -> Exchange:

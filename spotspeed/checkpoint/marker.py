@@ -15,6 +15,7 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from spotspeed.core.documents import check_stamp, stamp
 from spotspeed.core.lineage import place_of
@@ -37,6 +38,7 @@ LATEST_UNIVERSAL_FILE = "latest_universal"
 MAX_MARKER_BYTES = 64 * 1024
 _FORMAT = "spotspeed-marker"
 _VERSION = 1
+_PREFIX = re.compile(r"d[0-9a-f]{16}-")
 _UNUSABLE = re.compile(r"[^A-Za-z0-9._+=-]|\.(?=\.)")
 
 
@@ -57,6 +59,14 @@ def attempt_prefix(folder: str, tag: str) -> str:
     """How the attempts of saves to `<folder>/<tag>` begin; no other save's attempt does."""
     name = hashlib.sha256(f"{folder}\0{tag}".encode()).hexdigest()
     return f"d{name[:16]}-"
+
+
+def is_for_a_directory(attempt: str, tag: str) -> bool:
+    """Whether a save was asked for with a directory of the caller's, not for the catalogue alone.
+
+    `tag` is the ticket's, which the catalogue's own saves have as they were given it.
+    """
+    return _PREFIX.match(attempt) is not None and not attempt.startswith(attempt_prefix("", tag))
 
 
 def usable_name(tag: str) -> str:
@@ -163,6 +173,24 @@ def check_latest(folder: Storage, tag: str) -> None:
                 f"{folder.url}/{LATEST_FILE}: names the tag {tag[:200]!r}, of which there is "
                 f"nothing in that directory: write one of its tags to it, or load one by its tag"
             )
+
+
+def look_for(folder_path: str, tag: str | None, *, is_universal: bool = False) -> dict[str, Any]:
+    """What there is of `tag` (None: of what `latest` names) in a folder, as plain data.
+
+    "tag" is None when there is no `latest`; "marker", its fields, when the tag has none. A
+    universal checkpoint of DeepSpeed's, named in a file of its own, comes before what `latest`
+    names.
+    """
+    folder = open_storage(folder_path)
+    files = (LATEST_UNIVERSAL_FILE, LATEST_FILE) if is_universal else (LATEST_FILE,)
+    is_newest = tag is None
+    if is_newest:
+        tag = next(filter(None, (read_latest(folder, file) for file in files)), None)
+    marker = None if tag is None else read_marker(folder, tag)
+    if tag is not None and is_newest and marker is None:
+        check_latest(folder, tag)
+    return {"tag": tag, "marker": None if marker is None else asdict(marker)}
 
 
 def mark(

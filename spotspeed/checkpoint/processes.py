@@ -11,8 +11,18 @@ from spotspeed.core.owner import Identity, Process
 
 def this_process() -> Identity:
     """The identity of the calling process."""
-    pid = os.getpid()
+    return identity_of(os.getpid())
+
+
+def identity_of(pid: int) -> Identity:
+    """The identity of a living process of this process's namespace."""
     return Identity(socket.gethostname(), _boot_id(), _namespace(), pid, _start_ticks(pid) or 0)
+
+
+def parent_of(pid: int) -> int | None:
+    """The process that `pid` was started by, or was given to; None when there is none."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[1]) or None
 
 
 def see_process(owner: Identity, viewer: Identity) -> Process:
@@ -42,9 +52,14 @@ def _namespace() -> str:
 
 def _start_ticks(pid: int) -> int | None:
     """When the process started, or None when there is none or it is a zombie."""
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in "ZX" else int(fields[19])
+
+
+def _stat(pid: int) -> list[str] | None:
+    """/proc/PID/stat from its third field, the state, on; None when there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
+            return file.read().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else int(fields[19])

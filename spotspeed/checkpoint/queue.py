@@ -21,6 +21,8 @@ from spotspeed.errors import CaptureError, SpotSpeedError, StorageError
 from spotspeed.staging.staged import StagedSave, StagingFacts
 
 IDLE_S = 2.0
+STALL_REPORT_S = 1.0
+"""A step that is held for longer than this is reported."""
 T = TypeVar("T")
 
 
@@ -279,6 +281,12 @@ class SaveQueue:
             if not handle.wait_staged(None if handle.ticket.reason == "notice" else left_s):
                 handle.abandon(f"it would have held a step for more than {max_hold_s:g} s")
         return time.monotonic() - began
+
+    def open_gate(self, max_hold_s: float, step: int) -> None:
+        """Close the window before the update after `step`; a step that is held long is reported."""
+        held_s = self.close_window(max_hold_s)
+        if held_s > STALL_REPORT_S:
+            events.emit(events.Stalled("staging", held_s, step))
 
     def close(self) -> None:
         """Take no more saves; those submitted go on."""

@@ -23,14 +23,15 @@ from spotspeed.checkpoint.catalog import describe, list_sealed, scan
 from spotspeed.checkpoint.collector import Collector
 from spotspeed.checkpoint.commit import roll_forward
 from spotspeed.checkpoint.keep_record import KeepRecord, record_keep
+from spotspeed.checkpoint.marker import is_for_a_directory
 from spotspeed.checkpoint.ownership import (
     RENEWAL_PERIOD_S,
-    claim_epoch,
     record_restored_from,
     release,
 )
 from spotspeed.checkpoint.processes import this_process
 from spotspeed.checkpoint.restore import Restored, Seat
+from spotspeed.checkpoint.scripts import claim as claim_for_script
 from spotspeed.checkpoint.tiers import check_local_path, open_node
 from spotspeed.config import NoticeConfig, SpotSpeedConfig
 from spotspeed.coordinator.bootstrap import connect_ranks
@@ -72,6 +73,16 @@ class Standing:
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Claimed:
+    """What a claim came to, the same on every rank."""
+
+    epoch: int
+    standing: Standing | None
+    """The newest checkpoint at its beginning."""
+    may_differ: bool
+
+
 @dataclass(slots=True)
 class Session:
     """One launch of the job at its path."""
@@ -87,6 +98,9 @@ class Session:
     """Where notices other than signals come from: one rank a node watches."""
     standing: Standing | None = None
     """The newest checkpoint when this launch claimed the path; the same on every rank."""
+    may_differ: bool = False
+    """Whether checkpoints of another model are no sign of a mistake here: those of the last launch
+    are of this very script, or all there are belong to directories of somebody's own."""
     near: Storage | None = None
     """The tier on this node's own disk, when `local_path` is set."""
     _newest: tuple[int, str] | None = None
@@ -179,7 +193,7 @@ class Session:
     def begin_epoch(self) -> None:
         """Go on as the next epoch, from another checkpoint; every rank calls it."""
         answer = share(self.coordinator.exchange, "next-epoch", self.rank,
-                       lambda: {"epoch": claim_epoch(self.storage).epoch})  # fmt: skip
+                       lambda: {"epoch": claim_for_script(self.storage)[0].epoch})  # fmt: skip
         self.epoch, self.standing = int(answer["epoch"]), None
         if self.rank == 0:
             self.stager.renew_owner(self.epoch, period_s=RENEWAL_PERIOD_S)
@@ -218,15 +232,16 @@ def open_session(
         stager = Stager(storage.url, config, rank, local_world_size=hosts.count(hosts[rank]),
                         on_notice=lambda left_s, source: coordinator.notice(source, left_s or None)
                         )  # fmt: skip
-        epoch, standing = _claim(storage, coordinator.exchange, stager, rank, config)
+        claimed = _claim(storage, coordinator.exchange, stager, rank, config)
     except BaseException:  # whatever ends this, a signal's exception too: its threads end as well
         coordinator.close(0.0)
         raise
-    session = Session(storage, coordinator, stager, epoch, rank, standing=standing, near=near)
+    session = Session(storage, coordinator, stager, claimed.epoch, rank, near=near,
+                      standing=claimed.standing, may_differ=claimed.may_differ)  # fmt: skip
     _open[storage.url] += 1
     if rank == 0:
         session.collector = Collector(
-            storage, config.keep, epoch=epoch, is_quiet=stager.is_idle,
+            storage, config.keep, epoch=claimed.epoch, is_quiet=stager.is_idle,
             work=lambda: Work(stager.in_flight(), has_tiers=near is not None),
         )  # fmt: skip
     session.watch(sources)
@@ -267,10 +282,8 @@ def _open_tier(local_path: str | None, storage: Storage, exchange: Exchange) -> 
 
 def _claim(
     storage: Storage, exchange: Exchange, stager: Stager, rank: int, config: SpotSpeedConfig
-) -> tuple[int, Standing | None]:
+) -> _Claimed:
     """Let the saver that an older launch left here finish, then begin the next epoch.
-
-    Returns it, and what is the newest checkpoint at its beginning.
 
     Saves that lack nothing but their manifest are sealed: their savers died just before.
     """
@@ -284,21 +297,25 @@ def _claim(
     all_or_none(exchange, "drain", drain)
 
     def claim() -> dict[str, Any]:
-        claimed = claim_epoch(storage, take_over=config.take_over)
+        claimed, is_ours = claim_for_script(storage, take_over=config.take_over)
         keep = Keep(config.keep.last, config.keep.every_steps)
         record_keep(storage, claimed.epoch, KeepRecord(keep, config.local_path is not None))
         for manifest in roll_forward(storage).sealed:
             info = describe(manifest)
             events.emit(events.Sealed(info.directory, info.tag, info.step, info.size_bytes, 0.0))
         # Quietly: it is the restore that says which damaged ones it passes over.
-        newest = [(info.step, info.digest) for info in scan(storage).sealed[:1]]
-        return {"epoch": claimed.epoch, "newest": newest}
+        sealed = scan(storage).sealed
+        newest = [(info.step, info.digest) for info in sealed[:1]]
+        attempts = ((info.directory.split(".", 2)[2], info.tag) for info in sealed)
+        may_differ = is_ours or all(is_for_a_directory(*attempt) for attempt in attempts)
+        return {"epoch": claimed.epoch, "newest": newest, "may_differ": may_differ}
 
     answer = share(exchange, "epoch", rank, claim)
     epoch, newest = int(answer["epoch"]), answer["newest"]
     if rank == 0:
         stager.renew_owner(epoch, period_s=RENEWAL_PERIOD_S)
-    return epoch, Standing(int(newest[0][0]), str(newest[0][1])) if newest else None
+    standing = Standing(int(newest[0][0]), str(newest[0][1])) if newest else None
+    return _Claimed(epoch, standing, bool(answer["may_differ"]))
 
 
 def absolute(path: str) -> str:

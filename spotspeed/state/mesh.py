@@ -9,12 +9,12 @@ part. The degrees themselves are fixed: another degree is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from deepspeed import comm
 from deepspeed.moe.layer import MoE
 
+from spotspeed import errors
 from spotspeed.errors import FormatError, InvalidLayoutError, SpotSpeedError
 from spotspeed.state.parameters import (
     TENSOR,
@@ -26,6 +26,15 @@ from spotspeed.state.parameters import (
 from spotspeed.state.piece import dtype_name
 
 T = TypeVar("T")
+Gather = Callable[[Any], list[Any]]
+"""Every rank's plain JSON value, in order of rank; never by the training's communicators."""
+
+
+def alone(mine: Any) -> list[Any]:
+    """The `Gather` of a rank that asks nobody, where nothing is divided."""
+    return [mine]
+
+
 PIPELINE, EXPERT = "pipeline", "expert"
 
 
@@ -91,27 +100,24 @@ def is_divided(engine: Any) -> bool:
     return bool(_degrees(engine))
 
 
-def on_every_rank(action: Callable[[], T]) -> T:
+def on_every_rank(gather: Gather, action: Callable[[], T]) -> T:
     """This rank's result of `action`; the first rank's SpotSpeedError on every rank if any raised.
 
     Collective: what comes after it is only reached by all ranks or by none.
     """
-    objection: tuple[type[SpotSpeedError], str] | None = None
+    objection: list[str] | None = None
     try:
         result = action()
     except SpotSpeedError as error:
-        objection = (type(error), str(error))
-    gathered: list[Any] = [None] * comm.get_world_size()
-    comm.all_gather_object(gathered, objection)
-    for rank, found in enumerate(gathered):
+        objection = [type(error).__name__, str(error)]
+    for rank, found in enumerate(gather(objection)):
         if found is not None:
-            kind, text = found
-            raise kind(f"rank {rank}: {text}")
+            raise getattr(errors, found[0], SpotSpeedError)(f"rank {rank}: {found[1]}")
     return result
 
 
-def mesh_of(engine: Any, trained: frozenset[str]) -> Mesh:
-    """The mesh of an engine; collective where the model is divided, else local.
+def mesh_of(engine: Any, trained: frozenset[str], gather: Gather) -> Mesh:
+    """The mesh of an engine; every rank calls it. `gather` is used where the model is divided.
 
     `trained` are the parameters of this rank that an optimizer updates.
     """
@@ -124,9 +130,8 @@ def mesh_of(engine: Any, trained: frozenset[str]) -> Mesh:
     replica, stage = _replica(engine), dict(coordinates).get(PIPELINE, 0)
     described = describe_parameters(names, trained) if replica == 0 else {}
     own = _Card((part, replica), stage, described, names.aliases() if replica == 0 else {})
-    gathered: list[Any] = [None] * comm.get_world_size()
-    comm.all_gather_object(gathered, own)
-    cards: list[_Card] = sorted(gathered, key=lambda card: card.stage)
+    gathered = [_card_of(card) for card in gather(asdict(own))]
+    cards = sorted(gathered, key=lambda card: card.stage)
     parameters: dict[str, dict[str, Any]] = {}
     aliases: dict[str, str] = {}
     for card in cards:
@@ -137,6 +142,11 @@ def mesh_of(engine: Any, trained: frozenset[str]) -> Mesh:
     foreign = frozenset(name for name, _ in names if name in below)
     places = tuple(card.place for card in gathered)
     return Mesh(degrees, places, parameters, aliases, foreign)
+
+
+def _card_of(raw: Mapping[str, Any]) -> _Card:
+    part, replica = raw["place"]
+    return _Card((part, replica), raw["stage"], raw["parameters"], raw["aliases"])
 
 
 def describe_parameters(

@@ -18,7 +18,14 @@ from spotspeed.state.capture import expected_bytes, live_pieces, underived_piece
 from spotspeed.state.fit import ALL, Wanted, check_optimizer, check_parameters
 from spotspeed.state.fp16_fused import FusedLayout
 from spotspeed.state.fp16_unfused import UnfusedLayout
-from spotspeed.state.mesh import describe_parameters, is_divided, mesh_of, on_every_rank
+from spotspeed.state.mesh import (
+    Gather,
+    alone,
+    describe_parameters,
+    is_divided,
+    mesh_of,
+    on_every_rank,
+)
 from spotspeed.state.optimizers import rule_for
 from spotspeed.state.parameters import ParameterNames, count_of, shape_of
 from spotspeed.state.partition import Layout
@@ -117,15 +124,16 @@ _LAYOUTS: dict[str, type[Any]] = {
 }
 
 
-def provider_for(engine: Any) -> StateProvider:
+def provider_for(engine: Any, gather: Gather = alone) -> StateProvider:
     """The provider of an initialised engine, after probing that all it reads is there.
 
-    Collective where pipelines or experts divide the model. Raises UnsupportedLayoutError naming
-    what was found and what is supported; there on every rank, also when one rank alone found it.
+    Where pipelines, experts or AutoTP divide the model, every rank calls it, and it needs `gather`.
+    Raises UnsupportedLayoutError naming what was found and what is supported; there on every rank,
+    also when one rank alone found it.
     """
     if is_divided(engine):
-        return EngineState(engine, on_every_rank(lambda: _layout_of(engine)))
-    return EngineState(engine, _layout_of(engine))
+        return EngineState(engine, on_every_rank(gather, lambda: _layout_of(engine)), gather)
+    return EngineState(engine, _layout_of(engine), gather)
 
 
 def _layout_of(engine: Any) -> Layout:
@@ -150,12 +158,12 @@ def _layout_of(engine: Any) -> Layout:
 class EngineState:
     """The StateProvider of one engine, whose layout says where everything lies."""
 
-    def __init__(self, engine: Any, layout: Layout) -> None:
+    def __init__(self, engine: Any, layout: Layout, gather: Gather) -> None:
         self._engine, self._layout = engine, layout
         self._names = ParameterNames(engine)
         self._restore: Restore | None = None
         self._master_dtype: str | None = None
-        self._mesh = mesh_of(engine, self._trained(layout.group_names()))
+        self._mesh = mesh_of(engine, self._trained(layout.group_names()), gather)
 
     @property
     def name(self) -> str:

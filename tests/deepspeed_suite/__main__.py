@@ -1,6 +1,6 @@
 """Runs DeepSpeed's own checkpoint tests with and without spotspeed, and tells them apart.
 
-    python -m tests.deepspeed_suite CHECKOUT [--results FILE] [-- PYTEST ARGUMENT ...]
+    python -m tests.deepspeed_suite CHECKOUT [--one-path] [--results FILE] [-- PYTEST ARGUMENT ...]
 
 CHECKOUT is a clone of DeepSpeed's repository at the installed version (the tests are not in its
 packages); its tests need the pytest of DeepSpeed's requirements-dev. By default they are those in
@@ -38,14 +38,14 @@ EXPECTED = {
 """Parts of the names of tests that cannot hold with spotspeed, and why."""
 
 
-def run(checkout: Path, arguments: list[str], block: Path | None) -> dict[str, str]:
+def run(checkout: Path, arguments: list[str], block: Path | None, *options: str) -> dict[str, str]:
     """The outcome of every test by its name: passed, failed or skipped."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=.",
                  f"--junitxml={report}", *arguments]  # fmt: skip
         if block is not None:
-            words += ["-p", "tests.deepspeed_suite.plugin", f"--spotspeed={block}"]
+            words += ["-p", "tests.deepspeed_suite.plugin", f"--spotspeed={block}", *options]
         subprocess.run(words, cwd=checkout / "tests", env=environment(checkout), check=False)
         found = dict(outcomes(report)) if report.exists() else {}
         if not found:
@@ -76,6 +76,7 @@ def reason(name: str) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path)
+    parser.add_argument("--one-path", action="store_true", help="one path for all tests")
     parser.add_argument("--results", type=Path, help="write the outcomes as JSON")
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
@@ -84,7 +85,8 @@ def main() -> int:
     checkout = options.checkout.resolve()
     with tempfile.TemporaryDirectory(prefix="spotspeed-suite-") as folder:
         without = run(checkout, chosen, None)
-        with_block = run(checkout, chosen, Path(folder))
+        same = ["--one-path"] if options.one_path else []
+        with_block = run(checkout, chosen, Path(folder), *same)
     lost = sorted(name for name, how in without.items()
                   if how == "passed" and with_block.get(name) != "passed")  # fmt: skip
     won = sorted(name for name, how in with_block.items()

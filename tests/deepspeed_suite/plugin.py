@@ -2,9 +2,9 @@
 
     python -m pytest -p tests.deepspeed_suite.plugin --spotspeed DIRECTORY ...
 
-Each test has a path of its own below DIRECTORY, which its fixtures and all its processes share. The
-processes of DeepSpeed's own tests come from a fork server and import no conftest: they are reached
-as spotspeed reaches the children of any script.
+Each test has a path of its own below DIRECTORY (with --one-path, all have one), which its fixtures
+and all its processes share. The processes of DeepSpeed's own tests come from a fork server and
+import no conftest: they are reached as spotspeed reaches the children of any script.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ of the pool instead of their test, and DeepSpeed's runner waits until it gives u
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--spotspeed", metavar="DIRECTORY", help="where the blocks' paths are")
+    parser.addoption("--one-path", action="store_true", help="all tests have one path")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     root = config.getoption("--spotspeed")
     if root:
         spotspeed.install()
-        _Injection(os.path.abspath(root)).apply()
+        _Injection(os.path.abspath(root), "all" if config.getoption("--one-path") else None).apply()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ from tests.ranks import ROOT, run_ranks
 
 DRIVER = "tests/distributed/drivers/dropin.py"
 PROCESSES = "tests/distributed/drivers/dropin_processes.py"
+ONE_PATH = "tests/distributed/drivers/one_path.py"
 INSTALLED = "tests/distributed/drivers/installed.py"
 MOMENTS = "tests/distributed/drivers/dropin_moments.py"
 CHECKS = [node.name for driver in (MOMENTS, DRIVER)
@@ -58,3 +59,12 @@ def test_a_script_with_several_engines_goes_on_with_each_of_them(tmp_path: Path)
         assert [info.step for info in found] == steps, path
     assert "began at [2, 3]" in run_alone(INSTALLED, "again", str(tmp_path))
     assert not (tmp_path / "path" / "engine-3").exists()
+
+
+@pytest.mark.full
+def test_worlds_of_one_script_share_a_path_whatever_their_models(tmp_path: Path) -> None:
+    output = run_alone(ONE_PATH, str(tmp_path))
+    began = dict(re.findall(r"^([a-z ]+) (\d+)$", output, flags=re.MULTILINE))
+    assert began["destroyed"] == "0" and began["other model"] == "0"
+    assert began["idle"] == "3", "the same model goes on where a world that ended has left it"
+    assert set(began) >= {"beside it", "other optimizer", "other stage"}
