@@ -25,25 +25,38 @@ from spotspeed.checkpoint.agreement import (
 )
 from spotspeed.checkpoint.marker import (
     LATEST_FILE,
-    LATEST_UNIVERSAL_FILE,
     MARKER_FILE,
     Marker,
     attempt_prefix,
-    check_latest,
     check_place,
+    look_for,
     mark,
-    read_latest,
-    read_marker,
     usable_name,
 )
+from spotspeed.checkpoint.module_state import read_module
 from spotspeed.checkpoint.named import NOTHING, ClientState, NamedSave, encode_client_state
+from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.rotation import watch
 from spotspeed.checkpoint.same import keep_one
 from spotspeed.checkpoint.session import absolute
 from spotspeed.core.manifest import Manifest
-from spotspeed.errors import ConfigError, CoordinationError, ObjectNotFoundError, SpotSpeedError
+from spotspeed.errors import (
+    CoordinationError,
+    ObjectNotFoundError,
+    SpotSpeedError,
+    UnsupportedLayoutError,
+)
 from spotspeed.state.engine import settle_parameters
 from spotspeed.state.fit import Wanted
+from spotspeed.state.mesh import is_divided
+from spotspeed.state.module import (
+    CustomLoad,
+    differ,
+    follow_weights,
+    live_dtypes,
+    put_module,
+    weights_of,
+)
 from spotspeed.state.small import PARTS
 from spotspeed.storage import open_storage
 
@@ -52,6 +65,7 @@ if TYPE_CHECKING:
     from spotspeed.checkpoint.restore import Restored
     from spotspeed.checkpointer import Checkpointer
 
+_CUSTOM = "custom_load_fn"
 WRITING_S = 86400.0
 """How long a rank whose part is stored waits for one that still writes; a lost one ends it."""
 _logger = logging.getLogger("spotspeed")
@@ -155,11 +169,6 @@ def load(
         return None, None
     if found["marker"] is None:
         return checkpointer.load_elsewhere(original)
-    if arguments["custom_load_fn"] is not None:
-        raise ConfigError(
-            "custom_load_fn is not supported for checkpoints of spotspeed: read the tensors that "
-            "you need with spotspeed.open_checkpoint(path).read(name, kind)"
-        )
     restored = load_marked(checkpointer, Marker(**found["marker"]), arguments)
     return os.path.join(folder, found["tag"], MARKER_FILE), restored.client_state
 
@@ -169,22 +178,11 @@ def find(
 ) -> dict[str, Any]:
     """What rank 0 finds for `tag` (None: what `latest` names) in `folder`; the same on all ranks.
 
-    "tag" is None when there is no `latest`; "marker" is None when the tag has none. A universal
-    checkpoint of DeepSpeed's, named in a file of its own, comes before what `latest` names.
+    See `marker.look_for`.
     """
-    files = (LATEST_UNIVERSAL_FILE, LATEST_FILE) if is_universal else (LATEST_FILE,)
 
     def look() -> dict[str, Any]:
-        store = open_storage(folder)
-        names = (read_latest(store, file) for file in files)
-        name = next(filter(None, names), None) if tag is None else tag
-        marker = None if name is None else read_marker(store, name)
-        if name is not None and tag is None and marker is None:
-            check_latest(store, name)
-        fields = None if marker is None else {
-            key: getattr(marker, key) for key in Marker.__dataclass_fields__
-        }  # fmt: skip
-        return {"tag": name, "marker": fields}
+        return look_for(folder, tag, is_universal=is_universal)
 
     return share(checkpointer.exchange, "find-marker", checkpointer.rank, look)
 
@@ -201,15 +199,40 @@ def load_marked(
         parts -= {"groups", "scaler", "rng"}
     if not schedule:
         parts -= {"schedule"}
-    is_strict = bool(arguments.get("load_module_strict", True))
-    seat = replace(checkpointer.seat, wanted=Wanted(optimizer, is_strict), parts=frozenset(parts))
+    is_strict, custom = bool(arguments.get("load_module_strict", True)), arguments.get(_CUSTOM)
+    # The weights of another model may come by a custom function, but not with its optimizer.
+    wanted = Wanted(optimizer, is_strict, weights=custom is None or optimizer)
+    seat = replace(checkpointer.seat, wanted=wanted, parts=frozenset(parts))
     storage = checkpointer.storage
     if marker.url != storage.url:
         storage = open_storage(marker.url)
     restored = checkpointer.load(storage, seat, marker.directory, marker.digest)
     if restored is None:
         raise ObjectNotFoundError(f"{marker.url}/{marker.directory} is gone")
+    if custom is not None:
+        _load_by(custom, checkpointer, CheckpointReader.open(storage, restored.directory), wanted)
     return restored
+
+
+def _load_by(
+    custom: CustomLoad, checkpointer: Checkpointer, reader: CheckpointReader, wanted: Wanted
+) -> None:
+    """Let `custom` put the stored module into the live one; masters follow what it has changed."""
+    engine, exchange = checkpointer.engine, checkpointer.exchange
+    if is_divided(engine):
+        raise UnsupportedLayoutError(
+            f"{_CUSTOM}: this model is divided among the ranks, and the stored one is whole: read "
+            f"what you need of it with spotspeed.open_checkpoint(path).read(name, kind)"
+        )
+    state = all_or_none(exchange, "read-module", lambda: read_module(reader, live_dtypes(engine)))
+    before = weights_of(engine) if wanted.weights else []
+
+    def put() -> None:
+        all_or_none(exchange, "custom-load", lambda: put_module(engine, state, custom=custom))
+        if not wanted.weights or any(share_all(exchange, "custom", differ(engine, before))):
+            follow_weights(engine)
+
+    checkpointer.load_elsewhere(put)
 
 
 def _agree(checkpointer: Checkpointer, request: Request) -> tuple[dict[str, Any], ClientState]:

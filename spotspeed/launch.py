@@ -15,6 +15,8 @@ from spotspeed.errors import CaptureError, ReshardError, UnsupportedLayoutError
 from spotspeed.integrations import deepspeed_consolidate, deepspeed_universal, huggingface
 from spotspeed.state import boundary
 from spotspeed.state.engine import block_of
+from spotspeed.state.probe import has_optimizer
+from spotspeed.unattached import Unattached
 
 _logger = logging.getLogger("spotspeed")
 _FRAMEWORKS = ("accelerate", "lightning", "pytorch_lightning", "transformers")
@@ -55,11 +57,15 @@ def install() -> None:
 
 def _attach_new(engine: Any) -> None:
     block = block_of(engine, path_hint=path_hint(os.environ))
-    if block is None or engine.optimizer is None:
+    if block is None:
+        return
+    if not has_optimizer(engine):
+        boundary.bind(engine, Unattached(block, optimizer=""))
         return
     try:
         checkpointer = attach_next(engine)
     except (UnsupportedLayoutError, CaptureError) as error:
+        boundary.bind(engine, Unattached(block, optimizer=type(engine.optimizer).__name__))
         return _leave_to_deepspeed(str(error))
     while not _is_built_by_framework() and not checkpointer.progress.is_prepared:
         try:

@@ -39,7 +39,7 @@ ROOM_OF = {
     "rehearsal": "exit", "rehearsing": "checkpointer", "supervised": "exit",
     "doctor": "report", "api": "checkpointer", "dropin": "checkpointer",
     "planning": "checkpointer", "progress": "checkpointer", "roll_call": "checkpointer",
-    "build_locks": "exit",
+    "unattached": "checkpointer", "build_locks": "exit",
 }  # fmt: skip
 """Modules beside the package's rooms, and the room each belongs to."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spotspeed import events
@@ -221,6 +221,9 @@ def _read(seat: Seat, offer: dict[str, Any], opened: _Opened, shared: Shared) ->
 
 def _targets(seat: Seat, stored: Mapping[TensorKey, StoredTensor], old_rank: int) -> list[Piece]:
     """What this rank has to fill; from here on the live state is not what it was."""
+    if not seat.wanted.weights:
+        seat.on_change()
+        return seat.provider.prepare_restore({}, replace(seat.wanted, is_strict=False))
     others = (KIND_BLOB, KIND_BUFFER, KIND_CLIENT)
     tensors = {key: value for key, value in stored.items() if key.kind not in others}
     try:

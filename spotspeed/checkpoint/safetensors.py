@@ -39,7 +39,7 @@ class Exported:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
     """Elements of one weight that are read and written together."""
 
     weight: Weight
@@ -98,9 +98,9 @@ def _header(
 
 def _batches(
     reader: CheckpointReader, order: Sequence[Weight], dtypes: Mapping[str, str]
-) -> Iterator[list[_Run]]:
+) -> Iterator[list[Run]]:
     """All elements in the file's order, in batches of about RUN_BYTES of what is stored."""
-    batch: list[_Run] = []
+    batch: list[Run] = []
     room = RUN_BYTES
     for weight in order:
         if weight.source is None:
@@ -109,7 +109,7 @@ def _batches(
         start, stop = 0, math.prod(weight.shape)
         while start < stop:
             count = min(stop - start, max(1, room // item_bytes))
-            batch.append(_Run(weight, Interval(start, start + count), dtypes[weight.name]))
+            batch.append(Run(weight, Interval(start, start + count), dtypes[weight.name]))
             start, room = start + count, room - count * item_bytes
             if room < item_bytes:
                 yield batch
@@ -118,7 +118,13 @@ def _batches(
         yield batch
 
 
-def _copy(reader: CheckpointReader, runs: Sequence[_Run], writer: Writer) -> None:
+def _copy(reader: CheckpointReader, runs: Sequence[Run], writer: Writer) -> None:
+    for data in read_runs(reader, runs):
+        writer.write(data)
+
+
+def read_runs(reader: CheckpointReader, runs: Sequence[Run]) -> Iterator[bytes | memoryview]:
+    """The elements of each run as the module has them: rounded, but where training has others."""
     requests: list[tuple[Fragment, bytearray]] = []
     for run in runs:
         assert run.weight.source is not None
@@ -127,12 +133,11 @@ def _copy(reader: CheckpointReader, runs: Sequence[_Run], writer: Writer) -> Non
         requests.append((fragment, bytearray(fragment.size_bytes)))
     reader.read_into(requests)
     for run, (fragment, data) in zip(runs, requests, strict=True):
-        rounded = round_to(data, fragment.dtype, run.dtype)
-        writer.write(_override(reader, run, rounded))
+        yield _override(reader, run, round_to(data, fragment.dtype, run.dtype))
 
 
 def _override(
-    reader: CheckpointReader, run: _Run, rounded: bytes | memoryview
+    reader: CheckpointReader, run: Run, rounded: bytes | memoryview
 ) -> bytes | memoryview:
     """`rounded` with the elements that training has otherwise, where the file keeps their dtype."""
     changed: bytearray | None = None

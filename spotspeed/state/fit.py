@@ -43,6 +43,8 @@ class Wanted:
     """False: the optimizer's state stays as it is."""
     is_strict: bool = True
     """False: parameters that only the store or only the model has are left alone."""
+    weights: bool = True
+    """False: nothing of the model is looked at; parameters and buffers stay as they are."""
 
 
 ALL = Wanted()

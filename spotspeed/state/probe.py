@@ -53,12 +53,20 @@ def moves_during_forward(optimizer: Any) -> bool:
     return passes is not None and getattr(passes, "optimizer", None) is optimizer
 
 
+def has_optimizer(engine: Any) -> bool:
+    """Whether the engine trains: DeepSpeed wraps what has no optimizer in several ways."""
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    names = f"{type(optimizer).__name__} {type(inner).__name__}".lower()
+    return not (optimizer is None or "dummyoptim" in names or "zerooffload" in names)
+
+
 def _unsupported(engine: Any) -> Iterable[str]:
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     names = f"{type(optimizer).__name__} {type(inner).__name__}".lower()
     compile_config: Any = getattr(engine._config, "compile_config", None)
-    if optimizer is None or "dummyoptim" in names or "zerooffload" in names:
+    if not has_optimizer(engine):
         yield "an engine without an optimizer (there is nothing to resume)"
     yield from _unsupported_tensors(engine)
     yield from _unsupported_sequences(engine)

@@ -15,6 +15,7 @@ from tests.ranks import ROOT, run_ranks
 DRIVER = "tests/distributed/drivers/dropin.py"
 PROCESSES = "tests/distributed/drivers/dropin_processes.py"
 ONE_PATH = "tests/distributed/drivers/one_path.py"
+WEIGHTS = "tests/distributed/drivers/weights_only.py"
 INSTALLED = "tests/distributed/drivers/installed.py"
 MOMENTS = "tests/distributed/drivers/dropin_moments.py"
 CHECKS = [node.name for driver in (MOMENTS, DRIVER)
@@ -68,3 +69,14 @@ def test_worlds_of_one_script_share_a_path_whatever_their_models(tmp_path: Path)
     assert began["destroyed"] == "0" and began["other model"] == "0"
     assert began["idle"] == "3", "the same model goes on where a world that ended has left it"
     assert set(began) >= {"beside it", "other optimizer", "other stage"}
+
+
+@pytest.mark.full
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", ["z1", "z1-bf16", "z3-bf16", "z0"])
+def test_weights_alone_are_loaded_by_a_custom_function_or_without_an_optimizer(
+    case: str, tmp_path: Path
+) -> None:
+    output = run_ranks(2, WEIGHTS, str(tmp_path), case, timeout_s=280).output
+    for rank in range(2):
+        assert f"rank {rank}: {case}: held" in output
