@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 def forget(engine: Any) -> None:
     """As DeepSpeed does when an update has overflowed (its `step` of each optimizer); local."""
@@ -15,8 +17,8 @@ def forget(engine: Any) -> None:
         parameter.grad = None
     optimizer = engine.optimizer
     zero_grad = getattr(optimizer, "zero_grad", None)
-    if zero_grad is None:
-        return
+    if zero_grad is None or isinstance(optimizer, torch.optim.Optimizer):
+        return  # A bare one has the parameters alone; FusedAdam's method takes no argument.
     zero_grad(set_to_none=True)
     # ZeRO keeps what it has reduced beside the parameters.
     for gathered in ("averaged_gradients", "all_grad_tensors"):

@@ -22,7 +22,7 @@ import spotspeed
 FOLDER = Path(sys.argv[1])
 CHANGES = {
     "hpz": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
-    "ulysses": {"zero_optimization": {"stage": 2}, "data_parallel_size": WORLD_SIZE // 2,
+    "ulysses": {"zero_optimization": {"stage": 3}, "data_parallel_size": WORLD_SIZE // 2,
                 "sequence_parallel_size": 2},
 }  # fmt: skip
 
