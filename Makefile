@@ -31,6 +31,8 @@ export PATH := $(VENV)/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
+# Tests start processes by the hundred: none of them should have to compile the package again.
+export PYTHONDONTWRITEBYTECODE :=
 
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
 

@@ -155,7 +155,7 @@ def _text_of(path: Path) -> str:
     text = os.fspath(path)
     if not isinstance(text, str):
         raise TypeError(f"path: expected text or a path object, found {text!r}")
-    if not text.strip():
+    if not text.strip() or "\0" in text:
         raise ConfigError(f"path {text!r} names nothing: give a directory or a URL")
     if refusal := refusal_of(text):
         raise ConfigError(f"path {text!r}: {refusal}")

@@ -96,6 +96,8 @@ class Planner:
         self._stepped_at: float | None = None
         self._is_fit: bool | None = None
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
+        """Held while a forecast is told, all of it: an estimate never follows what is measured."""
         self._heard_at: float | None = None
 
     def begin(self, url: str, *, poll_s: float = 0.0) -> None:
@@ -125,11 +127,10 @@ class Planner:
                 return
             stage_bytes_s = measure_copy(TRIAL_BYTES)
             measured = Measured(state_bytes, stage_bytes_s, AGREEMENT_S, poll_s=self._poll_s)
-            with self._lock:
-                is_needed = self._is_fit is None
-            if is_needed:
-                places = Places(self._url, Pace(write_bytes_s), seal_s)
-                self._forecast(_Ahead(measured, places), is_estimate=True)
+            places = Places(self._url, Pace(write_bytes_s), seal_s)
+            with self._telling:
+                if self._is_fit is None:
+                    self._forecast(_Ahead(measured, places), is_estimate=True)
 
         if self._rank == 0 and state_bytes:
             threading.Thread(target=estimate, name="spotspeed-estimate", daemon=True).start()
@@ -218,10 +219,11 @@ class Planner:
             agreement_s=self._agreement_s, step_s=step_s, poll_s=self._poll_s
         )
         ahead = _Ahead(later, places)
-        before = self._is_fit
-        if before is None and self._rank == 0:
-            self._forecast(ahead, is_estimate=False)
-        self._is_fit = ahead.decide(self._expected_s).action is Action.SAVE
+        with self._telling:
+            before = self._is_fit
+            if before is None and self._rank == 0:
+                self._forecast(ahead, is_estimate=False)
+            self._is_fit = ahead.decide(self._expected_s).action is Action.SAVE
         if not self._is_fit and before in (None, True):
             self._warn(ahead)
 

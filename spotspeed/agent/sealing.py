@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spotspeed.agent.incoming import Part
-from spotspeed.checkpoint.commit import point_latest, seal
+from spotspeed.checkpoint.commit import try_seal
 from spotspeed.core.manifest import Manifest, Ticket
 from spotspeed.errors import SpotSpeedError, StorageError
 from spotspeed.storage.contract import Storage
@@ -24,7 +24,6 @@ SEAL_TIMEOUT_S = 3600.0
 come later, the last of them still seals it."""
 ORPHAN_PATIENCE_S = 60.0
 """How long a store that fails is asked again about a save whose rank is gone."""
-CLOSE_TIMEOUT_S = 10.0
 _logger = logging.getLogger("spotspeed")
 
 Outcome = Callable[[Any, Manifest | SpotSpeedError], None]
@@ -64,7 +63,6 @@ class Sealer:
         self._longest_pause_s = LONGEST_PAUSE_S if is_local else LONGEST_REMOTE_PAUSE_S
         self._watched: list[_Watched] = []
         self._broken: dict[tuple[str, int], StorageError] = {}
-        self._is_pointing = False
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="sealer", daemon=True).start()
 
@@ -106,11 +104,6 @@ class Sealer:
         with self._changed:
             self._broken.pop((directory, rank), None)
 
-    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Wait, within reason, until the hint points to what has been sealed."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_pointing, timeout_s)
-
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -126,30 +119,17 @@ class Sealer:
             with self._changed:
                 if isinstance(outcome, Manifest):
                     # Also those who have come meanwhile: it need not be sealed for each again.
-                    group, self._is_pointing = self._group(ticket), True
+                    group = self._group(ticket)
             settled = [watched for watched in group if self._settle(watched, outcome)]
             with self._changed:
                 self._watched = [watched for watched in self._watched if watched not in settled]
                 if isinstance(outcome, Manifest):
                     self._pass(ticket)
-            if isinstance(outcome, Manifest):
-                self._point(outcome)
 
     def _group(self, ticket: Ticket) -> list[_Watched]:
         """Who waits for this checkpoint; called under the lock."""
         return [watched for watched in self._watched
                 if watched.save.ticket.directory == ticket.directory]  # fmt: skip
-
-    def _point(self, manifest: Manifest) -> None:
-        """Move the hint, on which nothing depends, once everybody knows of the seal."""
-        try:
-            point_latest(self._storage, manifest)
-        except Exception:
-            # The saves of this node still need this thread.
-            _logger.exception("%s: the hint was not moved", manifest.ticket.directory)
-        with self._changed:
-            self._is_pointing = False
-            self._changed.notify_all()
 
     def _pass(self, sealed: Ticket) -> None:
         """Look once more at what should have been sealed before; called under the lock.
@@ -194,7 +174,7 @@ class Sealer:
         directory = ticket.directory
         manifest: Manifest | _Hindered | None
         try:
-            manifest = seal(self._storage, ticket)
+            manifest = try_seal(self._storage, ticket)
         except StorageError as error:
             _logger.warning("%s: sealing failed for now: %s", directory, error)
             manifest = _Hindered()

@@ -99,8 +99,6 @@ class Server:
                     break
         for tier in self._tiers.values():
             tier.close()
-        if not self._obstacle:
-            self.sealer.close()
 
     def began(self, save: SaveProgress) -> None:
         """Stay until `save` is settled, and remember it for the answers to drains."""

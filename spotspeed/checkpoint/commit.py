@@ -52,20 +52,13 @@ class RollForward:
 
 
 def try_seal(storage: Storage, ticket: Ticket) -> Manifest | None:
-    """`seal` this ticket, and let the hint point to it; None when a receipt is missing."""
-    manifest = seal(storage, ticket)
-    if manifest is not None:
-        point_latest(storage, manifest)
-    return manifest
-
-
-def seal(storage: Storage, ticket: Ticket) -> Manifest | None:
     """Seal `ticket` if every rank's receipt is there; None when one is missing.
 
-    Call it after every receipt that was put, and `point_latest` after it. Idempotent, and safe
-    from any number of processes at once: the manifest is a pure function of the receipts. When a
-    manifest is returned it is durable. Raises CorruptionError when receipts, shards or an existing
-    manifest contradict each other; the checkpoint is then not sealed by this call.
+    Call it after every receipt that was put. Idempotent, and safe from any number of processes at
+    once: the manifest is a pure function of the receipts. When a manifest is returned it is
+    durable, and the hint has moved: who is told may remove or copy the folder at once. Raises
+    CorruptionError when receipts, shards or an existing manifest contradict each other; the
+    checkpoint is then not sealed by this call.
     """
     sizes = {info.key: info.size_bytes for info in storage.list(ticket.directory)}
     if any(ticket.receipt_path(rank) not in sizes for rank in range(ticket.world_size)):
@@ -87,6 +80,7 @@ def seal(storage: Storage, ticket: Ticket) -> Manifest | None:
                 f"that does not follow from the receipts beside it ({len(data)} bytes); "
                 f"this checkpoint cannot be trusted"
             )
+    _point_latest(storage, manifest)
     return manifest
 
 
@@ -225,11 +219,8 @@ def _is_sealed(storage: Storage, directory: str) -> bool:
     return True
 
 
-def point_latest(storage: Storage, manifest: Manifest) -> None:
-    """Move the hint to `manifest`, which is durable, unless it points to something newer.
-
-    Nobody waits for it: whoever is told of the seal is told before.
-    """
+def _point_latest(storage: Storage, manifest: Manifest) -> None:
+    """Move the hint to `manifest`, unless it points to something newer that exists."""
     ticket = manifest.ticket
     try:
         current = read_latest(storage)
