@@ -17,8 +17,9 @@ PYTHON := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
 TEST_LIMIT ?= 75m
 TEST_ARGS ?=
-# Test files run side by side; those of one file share launches, so a file stays together.
-TEST_WORKERS ?= 2
+# Test files run side by side; those of one file share launches, so a file stays together, and the
+# files with launches come before the short ones of tests/unit. A third worker uses what waits leave.
+TEST_WORKERS ?= 3
 SOAK_MINUTES ?= 60
 SOAK_SCHEDULES ?= 1000000
 SANITIZE_DIR := build/sanitize
@@ -44,7 +45,7 @@ demo: venv prewarm
 
 test: venv stores prewarm
 	timeout --kill-after=30 $(TEST_LIMIT) $(PYTHON) -m pytest -m "not full" \
-	  -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS) tests
+	  -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS) tests
 	@echo "make test: every test passed"
 
 test-full: venv stores
