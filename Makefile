@@ -17,8 +17,8 @@ PYTHON := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
 TEST_LIMIT ?= 75m
 TEST_ARGS ?=
-# Test files run side by side; those of one file share launches, so a file stays together, and the
-# files with launches come before the short ones of tests/unit. A third worker uses what waits leave.
+# Test files run side by side. Those of one file share launches, so a file stays together; files
+# with launches come before the short ones of tests/unit. A third worker uses what waits leave.
 TEST_WORKERS ?= 3
 SOAK_MINUTES ?= 60
 SOAK_SCHEDULES ?= 1000000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ SEAL_TIMEOUT_S = 3600.0
 come later, the last of them still seals it."""
 ORPHAN_PATIENCE_S = 60.0
 """How long a store that fails is asked again about a save whose rank is gone."""
+REMEMBERED = 8
+"""So many of the last seals are told to ranks whose parts come after them."""
 _logger = logging.getLogger("spotspeed")
 
 Outcome = Callable[[Any, Manifest | SpotSpeedError], None]
@@ -63,6 +66,7 @@ class Sealer:
         self._longest_pause_s = LONGEST_PAUSE_S if is_local else LONGEST_REMOTE_PAUSE_S
         self._watched: list[_Watched] = []
         self._broken: dict[tuple[str, int], StorageError] = {}
+        self._seals: deque[Manifest] = deque(maxlen=REMEMBERED)
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="sealer", daemon=True).start()
 
@@ -115,7 +119,9 @@ class Sealer:
                 first = min(self._watched, key=lambda watched: watched.due)
                 ticket = first.save.ticket
                 group = self._group(ticket)
-            outcome = self._try(ticket)
+            # A rank whose part comes late needs nothing of a disk that may be full by now.
+            known = (seal for seal in self._seals if seal.ticket == ticket)
+            outcome = next(known, None) or self._try(ticket)
             with self._changed:
                 if isinstance(outcome, Manifest):
                     # Also those who have come meanwhile: it need not be sealed for each again.
@@ -175,6 +181,8 @@ class Sealer:
         manifest: Manifest | _Hindered | None
         try:
             manifest = try_seal(self._storage, ticket)
+            if manifest is not None:
+                self._seals.append(manifest)
         except StorageError as error:
             _logger.warning("%s: sealing failed for now: %s", directory, error)
             manifest = _Hindered()

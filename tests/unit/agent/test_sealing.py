@@ -142,6 +142,21 @@ def test_who_comes_while_it_is_being_sealed_does_not_seal_it_again(
     assert storage.times == 1
 
 
+def test_who_comes_after_the_seal_needs_no_room_on_the_disk(
+    tmp_path: Path, outcomes: Outcomes
+) -> None:
+    disk = RefusingDisk()
+    storage = LocalStorage(tmp_path, disk=disk)
+    sealer = Sealer(storage)
+    for rank in (0, 1):
+        _write(storage, rank)
+    _add(sealer, 0, outcomes)
+    _, first = outcomes.get(timeout=LIMIT_S)
+    disk.refuse("create_file", 0, errno.ENOSPC)
+    _add(sealer, 1, outcomes)
+    assert outcomes.get(timeout=LIMIT_S) == (1, first)
+
+
 def test_a_receipt_of_another_node_is_found_without_being_told(
     tmp_path: Path, outcomes: Outcomes
 ) -> None:
