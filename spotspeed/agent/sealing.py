@@ -118,24 +118,14 @@ class Sealer:
                     continue
                 first = min(self._watched, key=lambda watched: watched.due)
                 ticket = first.save.ticket
-                group = self._group(ticket)
-            # A rank whose part comes late needs nothing of a disk that may be full by now.
-            known = (seal for seal in self._seals if seal.ticket == ticket)
-            outcome = next(known, None) or self._try(ticket)
-            with self._changed:
-                if isinstance(outcome, Manifest):
-                    # Also those who have come meanwhile: it need not be sealed for each again.
-                    group = self._group(ticket)
+                group = [watched for watched in self._watched
+                         if watched.save.ticket.directory == ticket.directory]  # fmt: skip
+            outcome = self._try(ticket)
             settled = [watched for watched in group if self._settle(watched, outcome)]
             with self._changed:
                 self._watched = [watched for watched in self._watched if watched not in settled]
                 if isinstance(outcome, Manifest):
                     self._pass(ticket)
-
-    def _group(self, ticket: Ticket) -> list[_Watched]:
-        """Who waits for this checkpoint; called under the lock."""
-        return [watched for watched in self._watched
-                if watched.save.ticket.directory == ticket.directory]  # fmt: skip
 
     def _pass(self, sealed: Ticket) -> None:
         """Look once more at what should have been sealed before; called under the lock.
@@ -177,6 +167,9 @@ class Sealer:
         return False
 
     def _try(self, ticket: Ticket) -> Manifest | SpotSpeedError | _Hindered | None:
+        # A part that comes after the seal needs nothing of a disk that may be full by now.
+        if known := next((seal for seal in self._seals if seal.ticket == ticket), None):
+            return known
         directory = ticket.directory
         manifest: Manifest | _Hindered | None
         try:
