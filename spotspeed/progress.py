@@ -64,6 +64,7 @@ class Progress:
 
         def begin() -> None:
             self.is_changed = True
+            seat.on_change()
 
         return replace(seat, on_change=begin)
 
