@@ -13,20 +13,18 @@ from typing import Any
 from spotspeed.checkpoint.agreement import all_or_none, share
 from spotspeed.checkpoint.marker import MARKER_FILE, Marker, look_for
 from spotspeed.checkpoint.module_state import read_module
-from spotspeed.checkpoint.named import CLIENT_STATE, decode_client_state
+from spotspeed.checkpoint.named import CLIENT_STATE
 from spotspeed.checkpoint.reader import CheckpointReader
-from spotspeed.checkpoint.save import JOB_KEY
+from spotspeed.checkpoint.restore import read_job
 from spotspeed.checkpoint.session import absolute
 from spotspeed.config import NoticeConfig, SpotSpeedConfig
 from spotspeed.coordinator.bootstrap import connect_ranks
 from spotspeed.coordinator.coordinator import Coordinator, Cut
-from spotspeed.core import plain
 from spotspeed.errors import UnsupportedLayoutError
 from spotspeed.state import boundary, counters
 from spotspeed.state.engine import Engine, rank_of, world_size_of
 from spotspeed.state.mesh import is_divided
 from spotspeed.state.module import follow_weights, live_dtypes, put_module
-from spotspeed.state.plain_tensors import from_plain
 from spotspeed.storage import open_storage
 
 
@@ -91,9 +89,9 @@ class Unattached:
             )
         at = Marker(**marker)
         reader = CheckpointReader.open(open_storage(at.url), at.directory, digest=at.digest)
-        job = from_plain(plain.decode(reader.blob(JOB_KEY), source=f"{at.directory}: job"))
-        client_state = decode_client_state(job.pop(CLIENT_STATE, None), reader)
-        return read_module(reader, live_dtypes(engine)), dict(job["counters"]), client_state
+        job = read_job(reader, at.directory)
+        module = read_module(reader, live_dtypes(engine))
+        return module, dict(job["counters"]), job[CLIENT_STATE]
 
 
 def _put(

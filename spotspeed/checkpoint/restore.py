@@ -193,16 +193,21 @@ class _Opened:
     pieces: list[Piece]
 
 
+def read_job(reader: CheckpointReader, directory: str) -> dict[str, Any]:
+    """What all ranks share beside the tensors; the caller's own state is under CLIENT_STATE."""
+    stored = plain.decode(reader.blob(JOB_KEY), source=f"{directory}: job")
+    if not isinstance(stored, dict):
+        raise FormatError(f"{directory}: the job's state is no dict")
+    client_state = decode_client_state(stored.pop(CLIENT_STATE, None), reader)
+    return {**from_plain(stored), CLIENT_STATE: client_state}
+
+
 def _open(storage: Storage, seat: Seat, offer: dict[str, Any]) -> _Opened:
     reader = CheckpointReader.open(
         storage, offer["directory"], digest=offer["digest"], near=seat.near
     )
     stored = reader.tensors()
-    stored_job = plain.decode(reader.blob(JOB_KEY), source=f"{offer['directory']}: job")
-    if not isinstance(stored_job, dict):
-        raise FormatError(f"{offer['directory']}: the job's state is no dict")
-    client_state = decode_client_state(stored_job.pop(CLIENT_STATE, None), reader)
-    job = {**from_plain(stored_job), CLIENT_STATE: client_state}
+    job = read_job(reader, offer["directory"])
     old_rank = seat.provider.source_rank(job.get("model", {}), int(offer["world_size"]))
     rank_state = from_plain(
         plain.decode(reader.blob(rank_key(old_rank)), source=f"{offer['directory']}: rank")

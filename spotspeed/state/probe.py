@@ -55,16 +55,19 @@ def moves_during_forward(optimizer: Any) -> bool:
 
 def has_optimizer(engine: Any) -> bool:
     """Whether the engine trains: DeepSpeed wraps what has no optimizer in several ways."""
-    optimizer = engine.optimizer
+    names = _names_of(engine.optimizer)
+    return not (engine.optimizer is None or "dummyoptim" in names or "zerooffload" in names)
+
+
+def _names_of(optimizer: Any) -> str:
+    """The classes of DeepSpeed's wrapper and of what it wraps, in small letters."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    names = f"{type(optimizer).__name__} {type(inner).__name__}".lower()
-    return not (optimizer is None or "dummyoptim" in names or "zerooffload" in names)
+    return f"{type(optimizer).__name__} {type(inner).__name__}".lower()
 
 
 def _unsupported(engine: Any) -> Iterable[str]:
     optimizer = engine.optimizer
-    inner = getattr(optimizer, "optimizer", optimizer)
-    names = f"{type(optimizer).__name__} {type(inner).__name__}".lower()
+    names = _names_of(optimizer)
     compile_config: Any = getattr(engine._config, "compile_config", None)
     if not has_optimizer(engine):
         yield "an engine without an optimizer (there is nothing to resume)"
@@ -78,6 +81,7 @@ def _unsupported(engine: Any) -> Iterable[str]:
     if "superoffload" in names:
         yield "SuperOffload (it updates during backward)"
     if "onebit" in names or "zeroone" in names:
+        inner = getattr(optimizer, "optimizer", optimizer)
         yield f"{type(inner).__name__} (1-bit state is local to each rank)"
     if "muon" in names and getattr(optimizer, "save_muon_momentum_buffer_in_memory", False):
         yield "Muon with save_muon_momentum_buffer_in_memory"
