@@ -25,7 +25,6 @@ import math
 import os
 import pathlib
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -55,6 +54,7 @@ from benchmarks.jobs.cut_watch import (  # noqa: E402
     follow,
     launched,
     machine,
+    remove,
     send,
     stop_and_follow,
     write_section,
@@ -205,7 +205,7 @@ def run_occasions(folder: pathlib.Path, arguments: argparse.Namespace) -> Found:
             if cut.complaint:
                 console.print(f"    {cut.kind}: {cut.complaint}", soft_wrap=True, markup=False)
         if good == len(cuts):
-            shutil.rmtree(own)
+            remove(own)
     return {each.name: found[each.name] for each in OCCASIONS if each.name in found}
 
 
@@ -287,7 +287,7 @@ def run_random(folder: pathlib.Path, arguments: argparse.Namespace, load: float)
     """The first form."""
     chance = random.Random(arguments.seed)
     cuts = run_saves(folder, arguments.ranks, arguments.saves, chance)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    remove(folder / "checkpoints")
     cuts += run_stops(folder, arguments.stops, chance)
     table = Table(*HEADINGS, box=box.SIMPLE, title="milliseconds, until the last rank")
     for row in rows(cuts):
@@ -316,7 +316,7 @@ def main() -> int:
             write_occasions(arguments.results, found, arguments)
     is_good = is_whole and not any(cut.complaint for cut in cuts)
     if is_good:
-        shutil.rmtree(folder)
+        remove(folder)
     else:
         console.print(f"logs and checkpoints are in {folder}")
     return 0 if is_good else 1

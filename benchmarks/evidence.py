@@ -26,7 +26,6 @@ import os
 import pathlib
 import random
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -58,6 +57,7 @@ from benchmarks.jobs.cut_watch import (  # noqa: E402
     interrupt,
     launched,
     machine,
+    remove,
     send,
     stop_and_follow,
     write_section,
@@ -340,7 +340,7 @@ def run_all(cells: list[Cell], arguments: argparse.Namespace, folder: pathlib.Pa
         tell(number, len(wanted), launch)
         cell.add(launch)
         if launch.good == len(launch.cuts):
-            shutil.rmtree(own)
+            remove(own)
         if arguments.record is not None:
             with arguments.record.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(launch)) + "\n")
@@ -374,7 +374,7 @@ def main() -> int:
         write_section(arguments.results, TITLE, list(lines_of(cells, arguments.seed, again)))
     is_good = all(cell.good == len(cell.cuts) for cell in cells)
     if is_good:
-        shutil.rmtree(folder)
+        remove(folder)
     else:
         console.print(f"logs and checkpoints are in {folder}")
     return 0 if is_good else 1

@@ -18,6 +18,7 @@ import spotspeed
 from benchmarks.jobs.cut_watch import (
     CUT_TIMEOUT_S,
     EXIT_DURABLE,
+    GONE_S,
     JOB,
     LAUNCH_TIMEOUT_S,
     Broken,
@@ -32,7 +33,6 @@ from benchmarks.jobs.cut_watch import (
     stop_and_follow,
 )
 
-GONE_S = 10.0
 ALONE_S = 2.0
 REARMED_S = 4.0
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 3,

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 JOB = ROOT / "benchmarks" / "jobs" / "cut_job.py"
 LAUNCH_TIMEOUT_S = 240.0
 CUT_TIMEOUT_S = 60.0
+GONE_S = 10.0
 EXIT_DURABLE = 75
 STAGES = ("agreed", "staged", "durable", "exit")
 SPOTSPEED = (sys.executable, "-m", "spotspeed")
@@ -342,6 +344,16 @@ def await_seal_by_saver(job: Job, cut: Cut, began: float) -> None:
                 return
         time.sleep(0.05)
     raise Broken(f"step {cut.step} was agreed on and is not sealed after {CUT_TIMEOUT_S:g} s")
+
+
+def remove(folder: pathlib.Path) -> None:
+    """Remove what a launch has left, in which its saver may write for a moment longer."""
+    end = time.monotonic() + GONE_S
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() > end:
+            raise Broken(f"{folder} is still written to after {GONE_S:g} s")
+        time.sleep(0.05)
 
 
 def machine() -> str:
