@@ -71,23 +71,23 @@ def attach_next(engine: Engine) -> Checkpointer:
 
     Each goes on in the next launch where it was: the second engine made with a path lives at
     `engine-2` below it, and so on, in the order in which the script makes them. What another
-    process of the script has at the moment is passed over.
+    process of the script has at the moment is passed over, and what it has done with.
     """
     watch_refusals()
     config = require_block(engine, path_hint=path_hint(os.environ))
     path = absolute(config.path)
     while True:
         _tied[path] += 1
-        if _tied[path] > 1:
-            place = f"{path.rstrip('/')}/engine-{_tied[path]}"
-            config = config.model_copy(update={"path": place})
         try:
-            return _tie(engine, config)
+            checkpointer = _tie(engine, config, number=_tied[path])
         except OccupiedError as error:
             _logger.info("%s", error)
         except SpotSpeedError:
             _tied[path] -= 1
             raise
+        else:
+            _tied[path] = max(_tied[path], checkpointer.number)
+            return checkpointer
 
 
 def _take_over(known: Checkpointer, loader: Any, state: Mapping[str, Stateful]) -> Checkpointer:
@@ -101,7 +101,7 @@ def _take_over(known: Checkpointer, loader: Any, state: Mapping[str, Stateful]) 
 
 
 def _tie(engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
-         state: Mapping[str, Stateful] | None = None) -> Checkpointer:  # fmt: skip
+         state: Mapping[str, Stateful] | None = None, number: int = 0) -> Checkpointer:  # fmt: skip
     rehearsal = rehearsal_here()
     if rehearsal is not None and _rehearsed:
         raise ConfigError(
@@ -109,9 +109,11 @@ def _tie(engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
             f"script that trains one engine"
         )
     _rehearsed.extend(() if rehearsal is None else (config.path,))
+    if rehearsal is not None:
+        number = 0
     block = settle(config if rehearsal is None else redirected(rehearsal, config), os.environ)
     try:
-        checkpointer = Checkpointer(engine, block, loader, state=state)
+        checkpointer = Checkpointer(engine, block, loader, state=state, number=number)
         if rehearsal is not None:
             rehearse(checkpointer, rehearsal, config.path)
         return checkpointer

@@ -48,9 +48,9 @@ class Checkpointer:
 
     def __init__(self, engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
                  state: Mapping[str, Stateful] | None = None, is_implicit: bool = False,
-                 ) -> None:  # fmt: skip
+                 number: int = 0) -> None:  # fmt: skip
         """`is_implicit`: nobody attached it, so nothing is saved that was not asked for."""
-        self.engine, self.config, self.loader = engine, config, loader
+        self.engine, self.loader = engine, loader
         self.rank, self.world_size = rank_of(engine), world_size_of(engine)
         self.progress, self._is_closed = Progress(), False
         self.is_implicit, self._save_began = is_implicit, time.monotonic()
@@ -58,12 +58,14 @@ class Checkpointer:
         if not is_divided(engine):  # What one rank refuses alone, before anything is opened.
             self._describe_by(late)
         self._cuts = Interruption(self, config, self.rank)
-        self._session = open_session(config, self.rank, self.world_size, listener=self._cuts)
-        self.storage = self.origin = self._session.storage  # A rehearsal's origin is elsewhere.
-        self.exchange: TimedExchange = self._session.coordinator.exchange
-        self.progress.may_differ = self._session.may_differ
+        session = self._session = open_session(config, self.rank, self.world_size,
+                                               listener=self._cuts, number=number)  # fmt: skip
+        self.config, self.number = session.config, session.number
+        self.progress.may_differ = session.may_differ
+        self.storage = self.origin = session.storage  # A rehearsal's origin is elsewhere.
+        self.exchange: TimedExchange = session.coordinator.exchange
         with ExitStack() as opened:
-            opened.callback(self._session.close, is_done=True, is_awaited=False)
+            opened.callback(session.close, is_done=True, is_awaited=False)
             if is_divided(engine):
                 self._describe_by(late, partial(share_large, self.exchange, "mesh"))
             self._listen(opened)
@@ -76,9 +78,9 @@ class Checkpointer:
 
     def _listen(self, opened: ExitStack) -> None:
         """Hear from the engine from here on; `opened` is closed where that fails."""
-        engine = self.engine
+        engine, step = self.engine, int(self.engine.global_steps)
         self.passing = Passing(self.storage, self._session.epoch, exchange=self.exchange,
-                               forwards=lambda: boundary.forwards_of(engine))  # fmt: skip
+                               forwards=partial(boundary.forwards_of, engine))  # fmt: skip
         self._saves = SaveQueue(self._describe, self._begin, self._small.late.await_end,
                                 self.passing.look)  # fmt: skip
         opened.callback(self._saves.close)
@@ -91,8 +93,8 @@ class Checkpointer:
         opened.callback(boundary.unbind, engine)
         self._binding.watches_forward = True
         self._small.record()
-        self._session.stager.reserve(*share_of(self._provider, self._small, engine.global_steps))
-        self._cuts.announce(self.world_size, self._provider.name, int(engine.global_steps))
+        self._session.stager.reserve(*share_of(self._provider, self._small, step))
+        self._cuts.announce(self.world_size, self._provider.name, step)
 
     # What users call.
 
@@ -135,9 +137,8 @@ class Checkpointer:
         if self.loader is None:
             raise ConfigError("batches() needs the loader: spotspeed.attach(engine, loader=loader)")
         self._start()
-        signals = self.config.notice.signals
         yield from engine_batches(self.engine, self.loader, self._small, epochs=epochs,
-                                  signals=signals)  # fmt: skip
+                                  signals=self.config.notice.signals)  # fmt: skip
 
     def save(self, tag: str | None = None) -> SaveHandle:
         """Save the last completed step; call it on every rank. Returns before bytes are copied."""
@@ -264,8 +265,8 @@ class Checkpointer:
             self._small.end_step()
             step = int(self.engine.global_steps)
             exchange, standing = self._roll_call.waiting(error), self.progress.standing()
-            is_kept = bool(self.is_implicit or self.progress.lost)
-            is_kept = is_kept or self._register.has_everywhere(exchange, step, standing)
+            has_no_own = self.is_implicit or bool(self.progress.lost)
+            is_kept = has_no_own or self._register.has_everywhere(exchange, step, standing)
             last = None if is_kept else self.submit(step, "final", f"step-{step}", "final")
             self._register.settle(exchange, CLOSE_TIMEOUT_S)
             is_awaited = True
@@ -273,6 +274,7 @@ class Checkpointer:
                 last.wait(CLOSE_TIMEOUT_S)
             if self._session.coordinator.close(CLOSE_TIMEOUT_S) is GateVerdict.LEAVE:
                 self._leave("while closing")
+            self._session.has_ended = not has_failed(error)
         except LeavingError:
             self._leave("while closing")
         finally:

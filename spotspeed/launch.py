@@ -44,8 +44,8 @@ def install() -> None:
     (InvalidLayoutError), and so is one in another process while the first lives (OwnedError), as
     nobody else can tell them from a job that was changed or started twice by mistake. But worlds
     that one script starts by multiprocessing are its own: where one lives, or has left checkpoints
-    of another model, the next takes the next place; and so does an engine of another model where
-    all checkpoints belong to directories that somebody saved to.
+    of another model, or has come to its end, the next takes the next place; and so does an engine
+    of another model where all checkpoints belong to directories that somebody saved to.
     """
     boundary.install_hooks()
     boundary.on_new_engine(_attach_new)

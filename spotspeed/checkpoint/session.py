@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spotspeed import events
+from spotspeed.checkpoint import scripts
 from spotspeed.checkpoint.agreement import (
     Exchange,
     all_or_none,
@@ -23,7 +24,6 @@ from spotspeed.checkpoint.catalog import describe, list_sealed, scan
 from spotspeed.checkpoint.collector import Collector
 from spotspeed.checkpoint.commit import roll_forward
 from spotspeed.checkpoint.keep_record import KeepRecord, record_keep
-from spotspeed.checkpoint.marker import is_for_a_directory
 from spotspeed.checkpoint.ownership import (
     RENEWAL_PERIOD_S,
     record_restored_from,
@@ -31,7 +31,6 @@ from spotspeed.checkpoint.ownership import (
 )
 from spotspeed.checkpoint.processes import this_process
 from spotspeed.checkpoint.restore import Restored, Seat
-from spotspeed.checkpoint.scripts import claim as claim_for_script
 from spotspeed.checkpoint.tiers import check_local_path, open_node
 from spotspeed.config import NoticeConfig, SpotSpeedConfig
 from spotspeed.coordinator.bootstrap import connect_ranks
@@ -87,11 +86,16 @@ class _Claimed:
 class Session:
     """One launch of the job at its path."""
 
+    config: SpotSpeedConfig
     storage: Storage
     coordinator: Coordinator
     stager: Stager
     epoch: int
     rank: int
+    number: int = 0
+    """Which place of those at the block's path it has (scripts.place)."""
+    has_ended: bool = False
+    """Whether the training has come to its end; noted when it is closed."""
     collector: Collector | None = None
     """Rank 0's: removes what is not kept any more."""
     sources: list[NoticeSource] = field(default_factory=list)
@@ -183,9 +187,12 @@ class Session:
             self.collector.close()
         _open[self.storage.url] -= 1
         self.stager.close(timeout_s=SAVER_NEWS_S if is_awaited else 0.0)
-        if is_done and self.rank == 0:
+        if self.rank == 0:
             try:
-                release(self.storage, self.epoch)
+                if self.has_ended:
+                    scripts.end(self.storage, self.epoch)
+                if is_done:
+                    release(self.storage, self.epoch)
             except StorageError as error:
                 events.emit(events.Lost("the owner record could not be released", str(error)))
         self.coordinator.close(0.0)
@@ -193,7 +200,7 @@ class Session:
     def begin_epoch(self) -> None:
         """Go on as the next epoch, from another checkpoint; every rank calls it."""
         answer = share(self.coordinator.exchange, "next-epoch", self.rank,
-                       lambda: {"epoch": claim_for_script(self.storage)[0].epoch})  # fmt: skip
+                       lambda: {"epoch": scripts.claim(self.storage)[0].epoch})  # fmt: skip
         self.epoch, self.standing = int(answer["epoch"]), None
         if self.rank == 0:
             self.stager.renew_owner(self.epoch, period_s=RENEWAL_PERIOD_S)
@@ -213,9 +220,12 @@ class Session:
 
 
 def open_session(
-    config: SpotSpeedConfig, rank: int, world_size: int, *, listener: CutListener
+    config: SpotSpeedConfig, rank: int, world_size: int, *, listener: CutListener, number: int = 0
 ) -> Session:
     """Connect the ranks, check that `path` is one place, and claim it for this launch.
+
+    With a `number` the engine is one of those that a script makes at `path`, and lives at the first
+    place from that one on that no earlier world of the script has done with (scripts.next_place).
 
     The same on every rank, or an error on every rank: ConfigError when the path is not the same
     place for all ranks, OwnedError when another living job has it.
@@ -223,6 +233,12 @@ def open_session(
     transport = connect_ranks(config.coordinator, rank, world_size)
     coordinator = Coordinator(transport, config, listener)
     try:
+        if number > 0:
+            answer = share(coordinator.exchange, "place", rank,
+                           lambda: {"number": scripts.next_place(absolute(config.path), number)}
+                           )  # fmt: skip
+            number = int(answer["number"])
+            config = config.model_copy(update={"path": scripts.place(config.path, number)})
         storage = _open_everywhere(config.path, coordinator.exchange)
         probe_one_place(storage, coordinator.exchange, rank)
         near = _open_tier(config.local_path, storage, coordinator.exchange)
@@ -236,7 +252,7 @@ def open_session(
     except BaseException:  # whatever ends this, a signal's exception too: its threads end as well
         coordinator.close(0.0)
         raise
-    session = Session(storage, coordinator, stager, claimed.epoch, rank, near=near,
+    session = Session(config, storage, coordinator, stager, claimed.epoch, rank, number, near=near,
                       standing=claimed.standing, may_differ=claimed.may_differ)  # fmt: skip
     _open[storage.url] += 1
     if rank == 0:
@@ -297,7 +313,7 @@ def _claim(
     all_or_none(exchange, "drain", drain)
 
     def claim() -> dict[str, Any]:
-        claimed, is_ours = claim_for_script(storage, take_over=config.take_over)
+        claimed, is_ours = scripts.claim(storage, take_over=config.take_over)
         keep = Keep(config.keep.last, config.keep.every_steps)
         record_keep(storage, claimed.epoch, KeepRecord(keep, config.local_path is not None))
         for manifest in roll_forward(storage).sealed:
@@ -306,8 +322,7 @@ def _claim(
         # Quietly: it is the restore that says which damaged ones it passes over.
         sealed = scan(storage).sealed
         newest = [(info.step, info.digest) for info in sealed[:1]]
-        attempts = ((info.directory.split(".", 2)[2], info.tag) for info in sealed)
-        may_differ = is_ours or all(is_for_a_directory(*attempt) for attempt in attempts)
+        may_differ = is_ours or scripts.belong_to_directories(sealed)
         return {"epoch": claimed.epoch, "newest": newest, "may_differ": may_differ}
 
     answer = share(exchange, "epoch", rank, claim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,10 @@ def world(name, answers, going):
         answers.put((name, f"failed: {error!r}"))
         raise
     answers.put((name, began))
+    if name == "killed":
+        answers.close()
+        answers.join_thread()
+        os._exit(0)
     going.wait()
 
 
@@ -40,6 +45,10 @@ def train_and_compare(name):
     )  # fmt: skip
     first = make_one()
     began = first.global_steps
+    if name == "killed":
+        train(first, 4)
+        spotspeed.save(first)
+        return began
     train(first, 2)
     first.save_checkpoint(FOLDER / name)
     second = make_one(seed=2)
@@ -57,7 +66,8 @@ def main():
     context = multiprocessing.get_context("spawn")
     answers, idle, done = context.Queue(), context.Event(), context.Event()
     done.set()
-    names = ["destroyed", "other model", "idle", "beside it", "other optimizer", "other stage"]
+    names = ["destroyed", "other model", "same model", "killed", "after it", "idle", "beside it",
+             "other optimizer", "other stage"]  # fmt: skip
     processes = []
     for name in names:
         going = idle if name == "idle" else done

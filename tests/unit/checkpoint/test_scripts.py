@@ -5,18 +5,31 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from spotspeed.checkpoint.marker import attempt_prefix, is_for_a_directory
 from spotspeed.checkpoint.ownership import claim_epoch, read_owner
 from spotspeed.checkpoint.processes import identity_of, this_process
-from spotspeed.checkpoint.scripts import claim, descends, this_script
+from spotspeed.checkpoint.scripts import (
+    claim,
+    descends,
+    end,
+    next_place,
+    place,
+    this_script,
+)
+from spotspeed.core.documents import stamp
+from spotspeed.core.manifest import Ticket
 from spotspeed.core.owner import Identity
 from spotspeed.errors import OccupiedError, OwnedError
+from spotspeed.storage import open_storage
 from spotspeed.storage.memory import MemoryStorage
+
+Save = Callable[..., Ticket]
 
 
 @pytest.fixture
@@ -56,6 +69,41 @@ def test_what_the_script_itself_has_claimed_before_is_its_own(storage: MemorySto
     assert claim(storage)[1] is False, "a launch of which nothing is known is somebody else's"
     storage.put("epochs/000003.script.json", b"no record")
     assert claim(storage)[1] is False
+
+
+def test_a_world_that_has_ended_is_done_with_and_the_next_has_its_own_place(tmp_path: Path) -> None:
+    path = str(tmp_path / "job")
+    assert place(path, 1) == path and place(f"{path}/", 3) == f"{path}/engine-3"
+    first = claim(open_storage(path))[0]
+    assert next_place(path, 1) == 1, "it may have been interrupted"
+    end(open_storage(path), first.epoch)
+    assert next_place(path, 1) == 2
+    claim(open_storage(path))
+    assert next_place(path, 1) == 1, "one that has ended is followed by one that has not"
+
+
+def test_what_another_script_has_ended_is_gone_on_with(tmp_path: Path, child: Identity) -> None:
+    storage = open_storage(str(tmp_path))
+    epoch = claim(storage)[0].epoch
+    record = {"epoch": epoch, "script": asdict(child), "has_ended": True}
+    storage.put(f"epochs/{epoch:06d}.script.json", stamp(record))
+    assert next_place(str(tmp_path), 1) == 1
+
+
+@pytest.mark.parametrize("attempt, number", [("p", 1), (f"{attempt_prefix('/out', 'a')}1", 2)])
+def test_a_world_that_died_is_gone_on_with_but_for_saves_to_directories(
+    tmp_path: Path, seal_small: Save, attempt: str, number: int
+) -> None:
+    storage = open_storage(str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        script, world = this_script(), identity_of(process.pid)
+        epoch = claim_epoch(storage, identity=world).epoch
+        body = {"epoch": epoch, "script": asdict(script), "has_ended": False}
+        storage.put(f"epochs/{epoch:06d}.script.json", stamp(body))
+        seal_small(storage, epoch, 4, attempt=attempt, tag="a")
+        assert next_place(str(tmp_path), 1) == 1, "it lives"
+        process.communicate()
+    assert next_place(str(tmp_path), 1) == number
 
 
 def test_only_processes_of_this_machine_descend_from_it(child: Identity) -> None:
