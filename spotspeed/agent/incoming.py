@@ -88,6 +88,8 @@ class IncomingSave:
         self.is_promised = False
         """Whether a receipt may exist, so that nothing that it refers to may be removed."""
         self.progress = SaveProgress(begin.ticket.epoch, begin.ticket.directory, layout.raw_bytes)
+        self.is_overtaken = False
+        """Whether the rank has begun a newer save, which may need this one's memory."""
         self._slots: list[int] = []
         self._has_ended = False
         self.stopped: StoppedError | None = None
@@ -134,6 +136,12 @@ class IncomingSave:
                 self.stopped = StoppedError(f"{self}: {reason}")
             self._changed.notify_all()
 
+    def overtake(self) -> None:
+        """The rank has begun a newer save: a pause between two attempts ends."""
+        with self._changed:
+            self.is_overtaken = True
+            self._changed.notify_all()
+
     def _check(self) -> None:
         if self.stopped is not None:
             raise self.stopped
@@ -155,5 +163,8 @@ class IncomingSave:
     def pause(self, seconds: float) -> None:
         """Wait between two attempts; raises StoppedError as soon as it is stopped."""
         with self._changed:
-            self._changed.wait_for(lambda: self.stopped, seconds)
+            was_overtaken = self.is_overtaken
+            self._changed.wait_for(
+                lambda: self.stopped or self.is_overtaken is not was_overtaken, seconds
+            )
             self._check()

@@ -23,7 +23,7 @@ from spotspeed.agent.node_tier import NodeTier
 from spotspeed.agent.process import lower_priority
 from spotspeed.agent.renewal import Renewal
 from spotspeed.agent.sealing import HopelessError, Sealer
-from spotspeed.agent.writing import Workshop, store
+from spotspeed.agent.writing import LONG_RETRY_S, RETRY_S, Workshop, store
 from spotspeed.checkpoint.commit import take_back
 from spotspeed.checkpoint.tiers import NodePart
 from spotspeed.core.chunks import join
@@ -235,6 +235,8 @@ class Session:
             )
         self._last_number = begin.save
         save = IncomingSave(begin, layout, parts)
+        for older in list(self._saves.values()):
+            older.overtake()
         self._saves[save.number] = save
         house.began(save.progress)
         house.sealer.mended(save.ticket.directory, save.rank)
@@ -252,7 +254,7 @@ class Session:
             assert self.arena is not None
             workshop = Workshop(
                 house.storage, self.arena, self._ledger, encoders,
-                lambda: not self.is_connected, house.chooser, self._tier, self._bypassed,
+                self._retry_s, house.chooser, self._tier, self._bypassed,
             )  # fmt: skip
             try:
                 part = store(save, workshop)
@@ -274,6 +276,11 @@ class Session:
                 save.progress.keep(part.size_bytes)
                 self.send(Kept(save.number, part.size_bytes))
                 self._tier.drain(part, save, partial(self._drained, save, part, house))
+
+    def _retry_s(self, save: IncomingSave) -> float:
+        """How long the store may fail for `save` from now on."""
+        is_awaited = save.ticket.reason != "periodic" or save.is_overtaken
+        return RETRY_S if is_awaited and self.is_connected else LONG_RETRY_S
 
     def _drained(
         self, save: IncomingSave, part: NodePart, house: House, error: SpotSpeedError | None

@@ -36,9 +36,9 @@ two threads to hand each other a chunk and a disk to be asked for it.
 LOOKAHEAD = 4
 """Runs encoded ahead of the one being written."""
 RETRY_S = 5.0
-"""How long a failing store is tried again while the rank lives and its chunks are in memory."""
-ORPHAN_RETRY_S = 60.0
-"""The same when the rank is gone: nobody else can save this state any more."""
+"""How long a failing store is tried again while the chunks are in memory and somebody waits."""
+LONG_RETRY_S = 60.0
+"""The same where nobody does: the rank is gone, or goes on and has not begun a newer save."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 T = TypeVar("T")
@@ -57,7 +57,8 @@ class Workshop:
     arena: SlotArena
     ledger: SlotLedger
     encoders: ThreadPoolExecutor
-    is_orphaned: Callable[[], bool]
+    retry_s: Callable[[IncomingSave], float]
+    """How long a failing store is tried again, asked anew each time."""
     chooser: Chooser
     tier: NodeTier | None = None
     on_bypass: Callable[[IncomingSave, str], None] = lambda save, cause: None
@@ -116,13 +117,12 @@ def _store_remote(save: IncomingSave, workshop: Workshop) -> None:
         except StorageError as error:
             now = time.monotonic()
             first_failure = now if first_failure is None else first_failure
-            limit_s = ORPHAN_RETRY_S if workshop.is_orphaned() else RETRY_S
             if not workshop.ledger.is_repeatable(save.number):
                 raise StorageError(
                     f"{error} (not tried again: a part of the state had already been written and "
                     f"its staging memory given back)"
                 ) from error
-            if now - first_failure + pause_s > limit_s:
+            if now - first_failure + pause_s > workshop.retry_s(save):
                 raise
             _logger.warning("%s: %s; trying again in %.1f s", save, error, pause_s)
             save.pause(pause_s)

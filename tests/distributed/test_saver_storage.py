@@ -123,6 +123,18 @@ def test_a_disk_that_gets_room_in_time_loses_nothing(disk: Disk) -> None:
     check_sealed(path, 1, world_size=1, **LARGE)
 
 
+def test_a_save_that_nobody_waits_for_is_tried_until_the_next_one_begins(disk: Disk) -> None:
+    path = disk.place / "store"
+    with RankProcess(path) as rank:
+        rank.ask("reserve", size_bytes=48 << 20)
+        rank.ask("stage", step=1, reason="periodic", **LARGE)
+        _wait_logged(path, "trying again in 3.2 s")  # One that is awaited is given up before that.
+        rank.ask("stage", step=2, **SMALL)
+        assert "no space is left" in rank.ask("result", step=1)["text"]
+        assert "digest" in rank.ask("result", step=2)
+    check_sealed(path, 2, world_size=1, **SMALL)
+
+
 def test_a_rank_that_died_is_saved_as_soon_as_the_disk_has_room(disk: Disk) -> None:
     path = disk.place / "store"
     with RankProcess(path) as rank:
@@ -167,6 +179,7 @@ def test_a_saver_of_another_version_leaves_before_a_new_one_starts(tmp_path: Pat
         newer.sendall(encode_preamble(os.getpid(), version=PROTOCOL_VERSION + 1))
         newer.settimeout(LIMIT_S)
         newer.recv(64)
+        _wait_logged(Path(path), "leaving when done")
         with pytest.raises(StorageError, match="leaves when its work is done"):
             open_session(path, rank=1, arena_bytes=0, slot_bytes=0, timeout_s=1)
         first.close()

@@ -42,7 +42,7 @@ def pieces_of(step: int, rank: int, count: int, elements: int) -> Pieces:
     return result
 
 
-def ticket_of(step: int, world_size: int, *, epoch: int = 1, reason: str = "periodic") -> Ticket:
+def ticket_of(step: int, world_size: int, *, epoch: int = 1, reason: str = "explicit") -> Ticket:
     return Ticket(epoch, step, "a", f"step-{step}", reason, world_size, 1_700_000_000)
 
 
@@ -75,7 +75,7 @@ class Rank:
                 "events": self.events}  # fmt: skip
 
     def stage(
-        self, step: int, count: int, elements: int, epoch: int = 1, reason: str = "periodic"
+        self, step: int, count: int, elements: int, epoch: int = 1, reason: str = "explicit"
     ) -> dict[str, Any]:
         self.pieces[step] = pieces_of(step, self.rank, count, elements)
         blobs = {TensorKey("blob", "rank", f"rank-{self.rank}"): b"rank state"}

@@ -15,7 +15,7 @@ from spotspeed.agent.incoming import IncomingSave, SaveProgress
 from spotspeed.agent.ledger import SlotLedger
 from spotspeed.agent.node_tier import NodeTier
 from spotspeed.agent.sealing import Sealer
-from spotspeed.agent.writing import Workshop, store
+from spotspeed.agent.writing import RETRY_S, Workshop, store
 from spotspeed.checkpoint.reader import CheckpointReader
 from spotspeed.checkpoint.tiers import NodePart, survey
 from spotspeed.core.chunks import pack
@@ -96,7 +96,7 @@ class Node:
         stager = threading.Thread(target=stage)
         stager.start()
         workshop = Workshop(
-            self.house.storage, arena, ledger, self._encoders, lambda: False, self.chooser,
+            self.house.storage, arena, ledger, self._encoders, lambda save: RETRY_S, self.chooser,
             self.tier, lambda save, cause: self.bypassed.append(cause),
         )  # fmt: skip
         try:
