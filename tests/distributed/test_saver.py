@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from spotspeed.agent.process import NICE
 from spotspeed.checkpoint.ownership import read_owner
 from spotspeed.staging.client import find_saver
 from spotspeed.staging.launch import saver_address
@@ -52,6 +53,19 @@ def test_a_rank_killed_after_staging_loses_nothing(path: Path) -> None:
             rank.kill()
         wait_gone(saver)
     check_sealed(path, 3, world_size=1, **SMALL)
+
+
+def test_the_saver_yields_to_the_training_as_a_session_until_a_notice_comes(path: Path) -> None:
+    with RankProcess(path) as rank:
+        saver = rank.ask("reserve", size_bytes=1 << 20)["saver_pid"]
+        group = Path(f"/proc/{saver}/autogroup")
+        if not group.exists():
+            pytest.skip("this kernel does not share cores among sessions (autogroup)")
+        assert group.read_text().split()[-1] == str(NICE)
+        for step, reason, niceness in ((1, "periodic", NICE), (2, "notice", 0)):
+            rank.ask("stage", step=step, reason=reason, **SMALL)
+            assert "digest" in rank.ask("result", step=step)
+            assert group.read_text().split()[-1] == str(niceness)
 
 
 def test_a_rank_killed_while_staging_leaves_no_receipt_and_no_file(path: Path) -> None:
