@@ -115,6 +115,19 @@ def test_a_notice_before_the_first_step_saves_the_state_that_the_run_begins_with
     assert [(info.step, info.reason) for info in sealed(tmp_path).sealed] == [(0, "notice")]
 
 
+@pytest.mark.full
+def test_a_notice_before_a_restore_leaves_what_was_there(tmp_path):
+    run_ranks(2, DRIVER, "resumed", str(tmp_path), timeout_s=LAUNCH_TIMEOUT_S)
+    (before,) = sealed(tmp_path).sealed
+    ended = run_alone(2, "starting", tmp_path)
+    texts = "\n".join(rank.stderr for rank in ended)
+    assert [rank.returncode for rank in ended] == [75, 75], texts
+    assert texts.count(f"durable at step {before.step}; leaving with 75") == 2, texts
+    assert sealed(tmp_path).sealed == (before,), texts
+    run_ranks(2, DRIVER, "resumed", str(tmp_path), timeout_s=LAUNCH_TIMEOUT_S)
+    assert (tmp_path / "restored-1.json").read_text() == str(before.step)
+
+
 def test_a_killed_rank_ends_the_others_with_76_and_the_newest_tag(tmp_path):
     ended = run_alone(3, "killed", tmp_path)
     texts = "\n".join(rank.stderr for rank in ended)
