@@ -260,6 +260,7 @@ def train(engine: Any, checkpointer: Any, tools: tuple[Log, Pauses], arguments: 
 
 
 def main() -> None:
+    os.environ["TORCHDYNAMO_DISABLE"] = "0"  # It compiles, whatever the tests around it save.
     arguments = arguments_of(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
     deepspeed.init_distributed("gloo", distributed_port=int(os.environ["MASTER_PORT"]))
     rank = torch.distributed.get_rank()

@@ -32,7 +32,9 @@ def run(name: str, *words: str, limit_s: float = LIMIT_S) -> str:
 
 
 def test_every_notice_makes_all_ranks_durable_at_one_step():
-    assert "14 of 14 durable at one step" in run("cuts.py", "--saves", "12", "--stops", "2")
+    assert "14 of 14 durable at one step" in run(
+        "cuts.py", "--saves", "12", "--stops", "2", "--ranks", "2"
+    )
 
 
 @pytest.mark.full

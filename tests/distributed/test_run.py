@@ -43,7 +43,7 @@ def test_a_script_without_a_line_of_spotspeed_is_interrupted_and_resumed_alike(
 
 
 def test_without_a_block_nothing_is_started_and_nothing_is_said(references: References) -> None:
-    assert "spotspeed" not in references.finished.output
+    assert "spotspeed" not in references.output
     seen = references.process()
     assert not [name for name in seen["threads"] if "spotspeed" in name]
     assert "spotspeed" not in seen["excepthook"]
