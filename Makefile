@@ -18,9 +18,8 @@ STAMPS := $(VENV)/.stamps
 TEST_LIMIT ?= 75m
 TEST_ARGS ?=
 # Test files run side by side. Those of one file share launches, so a file stays together; files
-# with launches come before the short ones of tests/unit. More workers than cores use what waits
-# leave.
-TEST_WORKERS ?= 4
+# with launches come before the short ones of tests/unit. A third worker uses what waits leave.
+TEST_WORKERS ?= 3
 SOAK_MINUTES ?= 60
 SOAK_SCHEDULES ?= 1000000
 SANITIZE_DIR := build/sanitize
