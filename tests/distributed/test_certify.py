@@ -101,7 +101,8 @@ def test_what_a_job_keeps_to_itself_is_found_and_named(tmp_path: Path) -> None:
     assert code == 1 and not found["is_exact"], said
     first = found["differences"][0]
     assert first["what"] == "loss after the resume" and "the first at step 2" in first["how"]
-    assert any("fp32" in each["what"] for each in found["differences"])
+    # One step by a loss that is off by a thousandth: Adam divides most of that out of the weights.
+    assert any("exp_avg" in each["what"] for each in found["differences"])
     assert (tmp_path / "kept").exists()
 
 

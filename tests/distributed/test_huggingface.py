@@ -44,7 +44,9 @@ def words_of(job: Job, *more: str, is_plain: bool = False) -> list[str]:
     config: dict[str, Any] = {
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-        "zero_optimization": {"stage": job.stage},
+        "zero_optimization": {
+            "stage": job.stage, "stage3_gather_16bit_weights_on_model_save": job.stage == 3,
+        },
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
     }  # fmt: skip
     if not is_plain:
