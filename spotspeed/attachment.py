@@ -108,14 +108,15 @@ def _tie(engine: Engine, config: SpotSpeedConfig, loader: Any = None, *,
             f"{VARIABLE}: this script makes several engines, and a rehearsal is of one: certify a "
             f"script that trains one engine"
         )
-    _rehearsed.extend(() if rehearsal is None else (config.path,))
+    origin = config.path
     if rehearsal is not None:
-        number = 0
-    block = settle(config if rehearsal is None else redirected(rehearsal, config), os.environ)
+        _rehearsed.append(origin)
+        config, number = redirected(rehearsal, config), 0
+    block = settle(config, os.environ)
     try:
         checkpointer = Checkpointer(engine, block, loader, state=state, number=number)
         if rehearsal is not None:
-            rehearse(checkpointer, rehearsal, config.path)
+            rehearse(checkpointer, rehearsal, origin)
         return checkpointer
     except SpotSpeedError:
         boundary.unbind(engine)

@@ -84,8 +84,10 @@ def next_place(path: str, number: int) -> int:
 
 def _is_done_with(storage: Storage, script: dict[str, Any]) -> bool:
     owner = read_owner(storage)
-    record = {} if owner is None else _read(storage, owner.epoch)
-    if owner is None or record.get("script") != script:
+    if owner is None:
+        return False
+    record = _read(storage, owner.epoch)
+    if record.get("script") != script:
         return False
     if record.get("has_ended") is True:
         return True
